@@ -1,0 +1,88 @@
+"""Everything an operator can set, read from the environment (prefix ``BULK_SUBMIT_``).
+
+One frozen object, `settings()`, cached per process. Durations are seconds, sizes are bytes. Secrets are
+`SecretStr`, so that printing the settings never prints them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MEBIBYTE = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """The environment's answers, checked once at start-up."""
+
+    model_config = SettingsConfigDict(env_prefix="BULK_SUBMIT_", frozen=True, extra="ignore")
+
+    database_url: str = Field(
+        "postgresql://postgres@127.0.0.1:5432/postgres",
+        description="libpq URL of the Postgres (15 or later) that holds the store and every lease.",
+    )
+    broker_url: str = Field(
+        "redis://127.0.0.1:6379/0", description="Redis or Valkey URL of the Celery broker. Holds nothing that matters."
+    )
+    artifact_store_url: str = Field(
+        "file:///var/lib/bulk-submit/artifacts",
+        description="Where receipts are kept: file://, s3://, gs:// or az:// (whatever obstore understands).",
+    )
+    spool_directory: str = Field("", description="Local directory for files being built; empty: the system's own.")
+    public_url: str = Field(
+        "http://127.0.0.1:8000", description="Scheme, host and path prefix under which providers reach the API."
+    )
+
+    sealing_keys: SecretStr = Field(
+        SecretStr(""),
+        description="Fernet keys, comma separated, that seal request headers and file keys at rest. The first seals, "
+        "all of them open: put a new key in front to rotate, and drop the last once nothing is sealed with it.",
+    )
+    private_jwks: SecretStr = Field(
+        SecretStr(""),
+        description="Our private JWK Set (JSON). Keys with use=enc open what senders encrypt to us.",
+    )
+
+    lease_seconds: float = Field(30.0, gt=0, description="How long a lease lasts without a renewal.")
+    stall_seconds: float = Field(
+        120.0, gt=0, description="A hand that reads no byte, sends no row and commits nothing for so long loses its lease."
+    )
+    slice_seconds: float = Field(30.0, gt=0, description="How long a hand goes on before it lets others have a turn.")
+    max_attempts: int = Field(5, ge=1, description="Claims of a step without progress before it fails.")
+    retry_delay_seconds: float = Field(2.0, gt=0, description="Delay before the second attempt; doubles each time.")
+    retry_delay_cap_seconds: float = Field(300.0, gt=0)
+    sweep_seconds: float = Field(5.0, gt=0, description="Period of the sweeps that beat schedules.")
+
+    batch_lines: int = Field(4000, ge=1, description="Lines in one transaction.")
+    batch_bytes: int = Field(8 * MEBIBYTE, ge=1, description="Bytes of lines in one transaction.")
+    max_line_bytes: int = Field(16 * MEBIBYTE, ge=1024, description="A longer line is an error of that line.")
+    max_file_bytes: int = Field(1 << 40, ge=1, description="Decoded bytes of one file.")
+    max_manifest_bytes: int = Field(64 * MEBIBYTE, ge=1, description="Decoded bytes of one manifest page.")
+    max_manifest_pages: int = Field(1000, ge=1)
+    max_manifest_files: int = Field(100_000, ge=1)
+    max_compression_ratio: int = Field(200, ge=2, description="Decoded over received bytes, past the first 16 MiB.")
+
+    connect_timeout_seconds: float = Field(10.0, gt=0)
+    read_timeout_seconds: float = Field(30.0, gt=0, description="Longest silence of a provider in the middle of a body.")
+    fetch_retries: int = Field(3, ge=0, description="Retries of one request inside one attempt.")
+    fetch_backoff_seconds: float = Field(0.5, gt=0, description="First back-off; doubles each time, with jitter.")
+    retry_after_cap_seconds: float = Field(60.0, gt=0, description="Longest Retry-After of a provider that is believed.")
+
+    receipt_part_lines: int = Field(1_000_000, ge=1, description="Lines in one part of a receipt.")
+    receipt_part_bytes: int = Field(512 * MEBIBYTE, ge=1024, description="Bytes, before compression, in one part.")
+    receipt_ttl_seconds: float = Field(7 * 86400.0, gt=0, description="How long receipts and poll URLs are kept.")
+    poll_interval_seconds: int = Field(5, ge=1, description="Retry-After of an unfinished poll.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.stall_seconds < self.lease_seconds:
+            raise ValueError("stall_seconds must not be shorter than lease_seconds")
+        return self
+
+
+@cache
+def settings() -> Settings:
+    """The process's settings; raises `pydantic.ValidationError` that names the variable at fault."""
+    return Settings()
