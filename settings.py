@@ -24,7 +24,8 @@ class Settings(BaseSettings):
         description="libpq URL of the Postgres (15 or later) that holds the store and every lease.",
     )
     broker_url: str = Field(
-        "redis://127.0.0.1:6379/0", description="Redis or Valkey URL of the Celery broker. Holds nothing that matters."
+        "redis://127.0.0.1:6379/0",
+        description="Redis or Valkey URL of the Celery broker. Holds nothing that matters.",
     )
     artifact_store_url: str = Field(
         "file:///var/lib/bulk-submit/artifacts",
@@ -32,7 +33,8 @@ class Settings(BaseSettings):
     )
     spool_directory: str = Field("", description="Local directory for files being built; empty: the system's own.")
     public_url: str = Field(
-        "http://127.0.0.1:8000", description="Scheme, host and path prefix under which providers reach the API."
+        "http://127.0.0.1:8000",
+        description="Scheme, host and path prefix under which providers reach the API.",
     )
 
     sealing_keys: SecretStr = Field(
@@ -47,7 +49,9 @@ class Settings(BaseSettings):
 
     lease_seconds: float = Field(30.0, gt=0, description="How long a lease lasts without a renewal.")
     stall_seconds: float = Field(
-        120.0, gt=0, description="A hand that reads no byte, sends no row and commits nothing for so long loses its lease."
+        120.0,
+        gt=0,
+        description="A hand that reads no byte, sends no row and commits nothing for so long loses its lease.",
     )
     slice_seconds: float = Field(30.0, gt=0, description="How long a hand goes on before it lets others have a turn.")
     max_attempts: int = Field(5, ge=1, description="Claims of a step without progress before it fails.")
@@ -65,10 +69,14 @@ class Settings(BaseSettings):
     max_compression_ratio: int = Field(200, ge=2, description="Decoded over received bytes, past the first 16 MiB.")
 
     connect_timeout_seconds: float = Field(10.0, gt=0)
-    read_timeout_seconds: float = Field(30.0, gt=0, description="Longest silence of a provider in the middle of a body.")
+    read_timeout_seconds: float = Field(
+        30.0, gt=0, description="Longest silence of a provider in the middle of a body."
+    )
     fetch_retries: int = Field(3, ge=0, description="Retries of one request inside one attempt.")
     fetch_backoff_seconds: float = Field(0.5, gt=0, description="First back-off; doubles each time, with jitter.")
-    retry_after_cap_seconds: float = Field(60.0, gt=0, description="Longest Retry-After of a provider that is believed.")
+    retry_after_cap_seconds: float = Field(
+        60.0, gt=0, description="Longest Retry-After of a provider that is believed."
+    )
 
     receipt_part_lines: int = Field(1_000_000, ge=1, description="Lines in one part of a receipt.")
     receipt_part_bytes: int = Field(512 * MEBIBYTE, ge=1024, description="Bytes, before compression, in one part.")

@@ -1,0 +1,250 @@
+"""Manifests and their files as steps see them: what planning writes, what ingest and publish read, how each one ends.
+
+    plan ──files──▶ ingest × n ──the last one──▶ publish ──▶ manifest completed or failed
+      └─ nothing to ingest, or not to be had ──────▲
+
+Whoever ends a step also makes the next one ready, in the same transaction and with the manifest's row locked, so that
+of two files that end at once one sees the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from schema.leases import Lease, enter, finish, hold_manifest, renew
+from schema.tables import artifacts, fetch_parameters, manifest_files, manifests, steps
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that went wrong with a whole file or manifest. `diagnostics` is written for the submitter."""
+
+    severity: str
+    code: str
+    diagnostics: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """A file that the manifest lists, in the manifest's order. `kind`: output, deleted or outcome."""
+
+    kind: str
+    url: str
+    declared_type: str | None = None
+    organized_by: str | None = None
+    declared_count: int | None = None
+    declared_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestView:
+    """What a worker needs to know of a manifest."""
+
+    tenant_id: int
+    manifest_id: int
+    submission_id: int
+    manifest_url: str | None
+    fhir_base_url: str | None
+    output_format: str | None
+    sealed_secrets: bytes | None
+    ignore_meta: bool
+    problems: list[Problem]
+    notes: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class FileView:
+    """What a worker needs to know of a file, with the counts of its step. `state` is the step's."""
+
+    file_id: int
+    position: int
+    kind: str
+    url: str
+    declared_type: str | None
+    organized_by: str | None
+    declared_count: int | None
+    declared_bytes: int | None
+    validator: str | None
+    problems: list[Problem]
+    state: str | None
+    generation: int
+    fencing_token: int
+    cursor_bytes: int
+    cursor_lines: int
+    created: int
+    updated: int
+    unchanged: int
+    affirmed: int
+    failed: int
+    skipped: int
+
+
+_MANIFEST_VIEW = sa.text("""
+SELECT m.tenant_id, m.id AS manifest_id, m.submission_id, m.manifest_url, p.fhir_base_url, p.output_format,
+       p.sealed_secrets, r.ignore_meta, m.problems, m.notes
+FROM manifests m
+JOIN fetch_parameters p ON p.tenant_id = m.tenant_id AND p.manifest_id = m.id
+JOIN submissions s ON s.tenant_id = m.tenant_id AND s.id = m.submission_id
+JOIN submitters r ON r.tenant_id = s.tenant_id AND r.id = s.submitter_id
+WHERE m.tenant_id = :tenant_id AND m.id = :manifest_id
+""")
+
+_FILE_VIEW = """
+SELECT f.id AS file_id, f.position, f.kind, f.url, f.declared_type, f.organized_by, f.declared_count, f.declared_bytes,
+       f.validator, f.problems, s.state, coalesce(s.generation, 1) AS generation,
+       coalesce(s.fencing_token, 0) AS fencing_token, coalesce(s.cursor_bytes, 0) AS cursor_bytes,
+       coalesce(s.cursor_lines, 0) AS cursor_lines, coalesce(s.created, 0) AS created,
+       coalesce(s.updated, 0) AS updated, coalesce(s.unchanged, 0) AS unchanged, coalesce(s.affirmed, 0) AS affirmed,
+       coalesce(s.failed, 0) AS failed, coalesce(s.skipped, 0) AS skipped
+FROM manifest_files f
+LEFT JOIN steps s ON s.tenant_id = f.tenant_id AND s.file_id = f.id
+WHERE f.tenant_id = :tenant_id AND f.manifest_id = :manifest_id
+"""
+_FILES = sa.text(_FILE_VIEW + " ORDER BY f.position")
+_FILE = sa.text(_FILE_VIEW + " AND f.id = :file_id")
+
+_READY_PUBLISH = sa.text("""
+UPDATE steps SET state = 'ready', ready_at = clock_timestamp()
+WHERE tenant_id = :tenant_id AND manifest_id = :manifest_id AND kind = 'publish' AND state = 'waiting'
+  AND NOT EXISTS (
+    SELECT 1 FROM steps o
+    WHERE o.tenant_id = :tenant_id AND o.manifest_id = :manifest_id AND o.kind = 'ingest' AND o.state = 'ready'
+  )
+""")
+
+
+def _problems(value: list[dict[str, str]]) -> list[Problem]:
+    return [Problem(**problem) for problem in value]
+
+
+def manifest_view(connection: sa.Connection, tenant_id: int, manifest_id: int) -> ManifestView:
+    """The manifest with its fetch parameters; raises `sqlalchemy.exc.NoResultFound` if there is none."""
+    row = connection.execute(_MANIFEST_VIEW, {"tenant_id": tenant_id, "manifest_id": manifest_id}).one()
+    return ManifestView(**{**row._mapping, "problems": _problems(row.problems)})
+
+
+def _file_view(row: sa.Row[Any]) -> FileView:
+    return FileView(**{**row._mapping, "problems": _problems(row.problems)})
+
+
+def file_view(connection: sa.Connection, lease: Lease) -> FileView:
+    """The file of an ingest step."""
+    parameters = {"tenant_id": lease.tenant_id, "manifest_id": lease.manifest_id, "file_id": lease.file_id}
+    return _file_view(connection.execute(_FILE, parameters).one())
+
+
+def files_of_manifest(connection: sa.Connection, tenant_id: int, manifest_id: int) -> Iterator[FileView]:
+    """The manifest's files in its order."""
+    for row in connection.execute(_FILES, {"tenant_id": tenant_id, "manifest_id": manifest_id}):
+        yield _file_view(row)
+
+
+def _publish_if_nothing_is_left(connection: sa.Connection, lease: Lease) -> None:
+    connection.execute(_READY_PUBLISH, {"tenant_id": lease.tenant_id, "manifest_id": lease.manifest_id})
+
+
+def _manifest(lease: Lease) -> sa.ColumnElement[bool]:
+    return sa.and_(manifests.c.tenant_id == lease.tenant_id, manifests.c.id == lease.manifest_id)
+
+
+def finish_plan(
+    connection: sa.Connection,
+    lease: Lease,
+    files: Sequence[PlannedFile],
+    *,
+    notes: Sequence[str] = (),
+    problems: Sequence[Problem] = (),
+) -> None:
+    """End planning: the files' rows and steps, or why there are none. Commits. Raises `LeaseLost`."""
+    with connection.begin():
+        enter(connection, lease)
+        hold_manifest(connection, lease, alone=True)
+        place = {"tenant_id": lease.tenant_id, "manifest_id": lease.manifest_id}
+        if files:
+            ids = connection.execute(
+                manifest_files.insert().returning(manifest_files.c.id, sort_by_parameter_order=True),
+                [{**place, "position": position, **asdict(file)} for position, file in enumerate(files)],
+            ).scalars()
+            to_ingest = [
+                {**place, "file_id": file_id, "kind": "ingest", "state": "ready"}
+                for file_id, file in zip(ids, files, strict=True)
+                if file.kind == "output"
+            ]
+            if to_ingest:
+                connection.execute(steps.insert(), to_ingest)
+        connection.execute(
+            manifests.update()
+            .where(_manifest(lease))
+            .values(notes=list(notes), problems=[asdict(problem) for problem in problems])
+        )
+        finish(connection, lease, "failed" if problems else "done", problems[0].diagnostics if problems else None)
+        _publish_if_nothing_is_left(connection, lease)
+
+
+def note_validator(connection: sa.Connection, lease: Lease, validator: str | None) -> None:
+    """Remember which body is being read, before its first batch. Commits. Raises `LeaseLost`."""
+    with connection.begin():
+        enter(connection, lease)
+        connection.execute(
+            manifest_files.update()
+            .where(manifest_files.c.tenant_id == lease.tenant_id, manifest_files.c.id == lease.file_id)
+            .values(validator=validator)
+        )
+        renew(connection, lease, seconds=60)
+
+
+def finish_file(connection: sa.Connection, lease: Lease, problems: Sequence[Problem]) -> None:
+    """End a file: `failed` if one of the problems is an error. Commits. Raises `LeaseLost`."""
+    errors = [problem for problem in problems if problem.severity == "error"]
+    with connection.begin():
+        enter(connection, lease)
+        hold_manifest(connection, lease, alone=True)
+        if problems:
+            connection.execute(
+                manifest_files.update()
+                .where(manifest_files.c.tenant_id == lease.tenant_id, manifest_files.c.id == lease.file_id)
+                .values(problems=[asdict(problem) for problem in problems])
+            )
+        finish(connection, lease, "failed" if errors else "done", errors[0].diagnostics if errors else None)
+        _publish_if_nothing_is_left(connection, lease)
+
+
+def finish_manifest(connection: sa.Connection, lease: Lease, status: str) -> datetime:
+    """Publish the artifacts that this lease wrote, with the manifest's terminal status. Commits. Raises `LeaseLost`.
+
+    What was sealed for fetching is not needed any more, and goes.
+    """
+    with connection.begin():
+        enter(connection, lease)
+        hold_manifest(connection, lease, alone=True)
+        connection.execute(
+            artifacts.update()
+            .where(
+                artifacts.c.tenant_id == lease.tenant_id,
+                artifacts.c.manifest_id == lease.manifest_id,
+                artifacts.c.fencing_token == lease.fencing_token,
+            )
+            .values(published=True)
+        )
+        connection.execute(
+            fetch_parameters.update()
+            .where(
+                fetch_parameters.c.tenant_id == lease.tenant_id,
+                fetch_parameters.c.manifest_id == lease.manifest_id,
+            )
+            .values(sealed_secrets=None)
+        )
+        finished_at = connection.execute(
+            manifests.update()
+            .where(_manifest(lease))
+            .values(status=status, finished_at=sa.func.clock_timestamp())
+            .returning(manifests.c.finished_at)
+        ).scalar_one()
+        finish(connection, lease, "done", status)
+    assert isinstance(finished_at, datetime)
+    return finished_at
