@@ -388,3 +388,8 @@ def others_wait(connection: sa.Connection, lease: Lease) -> bool:
     """Whether another tenant has a step that is due. Commits."""
     with connection.begin():
         return bool(connection.execute(_OTHERS_WAIT, {"tenant_id": lease.tenant_id}).scalar_one())
+
+
+def only_one(connection: sa.Connection, lock: int) -> bool:
+    """Whether this transaction is the only one that holds `lock`, until it ends. Does not wait."""
+    return bool(connection.execute(sa.text("SELECT pg_try_advisory_xact_lock(:lock)"), {"lock": -lock}).scalar_one())

@@ -24,7 +24,7 @@ class NoSealingKey(SealError):  # noqa: N818
 
 
 class SealNotOpened(SealError):  # noqa: N818
-    """No key at hand opens the seal. The operator puts the key it was sealed with back into BULK_SUBMIT_SEALING_KEYS."""
+    """No key at hand opens the seal. The operator puts the key that sealed it back into BULK_SUBMIT_SEALING_KEYS."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,59 @@
+"""Celery's configuration.
+
+Messages are hints that carry ids; Postgres decides. So: acknowledge early, keep no results, prefetch nothing, no ETA,
+no chords. What a broker loses, the sweeps send again.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from kombu import Queue
+
+from settings import settings
+
+_settings = settings()
+
+MANIFESTS = "manifests"
+KICKOFFS = "kickoffs"
+SWEEPS = "sweeps"
+
+broker_url = _settings.broker_url
+broker_connection_retry_on_startup = True
+broker_transport_options = {
+    "socket_connect_timeout": 3,
+    "socket_timeout": 10,
+    "socket_keepalive": True,
+    "health_check_interval": 10,
+    "visibility_timeout": 3600,
+}
+
+task_serializer = "json"
+accept_content = ["json"]
+task_ignore_result = True
+task_acks_late = False
+task_track_started = False
+task_send_sent_event = True
+worker_send_task_events = True
+worker_prefetch_multiplier = 1
+worker_enable_remote_control = True
+worker_hijack_root_logger = False
+task_publish_retry = False
+
+task_queues = (Queue(MANIFESTS), Queue(KICKOFFS), Queue(SWEEPS))
+task_default_queue = MANIFESTS
+task_routes = {
+    "submit_tasks.process_manifest": {"queue": MANIFESTS},
+    "submit_tasks.kickoff": {"queue": KICKOFFS},
+    "submit_tasks.report_status": {"queue": KICKOFFS},
+    "submit_tasks.sweep_*": {"queue": SWEEPS},
+}
+
+beat_schedule = {
+    "sweep-leases": {
+        "task": "submit_tasks.sweep_leases",
+        "schedule": timedelta(seconds=_settings.sweep_seconds),
+        "options": {"queue": SWEEPS, "expires": _settings.sweep_seconds},
+    }
+}
+timezone = "UTC"
