@@ -151,6 +151,15 @@ WHERE locktype = 'advisory' AND objsubid = 1
   AND pid <> pg_backend_pid()
 """)
 
+# The same for the sweep, which may come late: not if the step has a new holder meanwhile.
+_EVICT_EXPIRED = sa.text(f"""
+{_EVICT.text}  AND EXISTS (
+    SELECT 1 FROM steps
+    WHERE tenant_id = :tenant_id AND id = :step_id
+      AND state = 'ready' AND worker_id IS NOT NULL AND lease_expires_at <= statement_timestamp()
+  )
+""")  # noqa: S608 - made of constants
+
 _HOLD_MANIFEST = sa.text("""
 SELECT 1 FROM manifests
 WHERE tenant_id = :tenant_id AND id = :manifest_id AND status IN ('pending', 'processing')
@@ -359,15 +368,16 @@ def expire(connection: sa.Connection, limit: int) -> list[int]:
         expired = connection.execute(_EXPIRED, {"limit": limit}).all()
     cleared = []
     for tenant_id, step_id in expired:
-        evict(connection, step_id)
+        step = {"tenant_id": tenant_id, "step_id": step_id}
         with connection.begin():
-            row = connection.execute(_CLEAR_EXPIRED, {"tenant_id": tenant_id, "step_id": step_id}).one_or_none()
+            connection.execute(_EVICT_EXPIRED, step)
+        with connection.begin():
+            row = connection.execute(_CLEAR_EXPIRED, step).one_or_none()
             if row is None:
                 continue
             connection.execute(
                 lease_events.insert().values(
-                    tenant_id=tenant_id,
-                    step_id=step_id,
+                    **step,
                     manifest_id=row.manifest_id,
                     fencing_token=row.fencing_token,
                     worker_id=row.worker_id,

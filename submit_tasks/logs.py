@@ -1,4 +1,4 @@
-"""Logging for every process: one event a line, key=value, to standard error. Ids and counts, never bodies or secrets."""
+"""Logging for every process: one event a line, key=value, to standard error. Ids and counts, no bodies, no secrets."""
 
 from __future__ import annotations
 
