@@ -140,8 +140,8 @@ def manifests_of_batches(connection: sa.Connection, tenant_id: int, batches: Ite
     return dict(row._tuple() for row in rows)
 
 
-def append(connection: sa.Connection, rows: Iterable[tuple[Any, ...]]) -> None:
-    """COPY rows (`VersionRow`) into the store; a unique violation means that somebody else wrote one of the keys."""
+def append(connection: sa.Connection, rows: Iterable[VersionRow]) -> None:
+    """COPY rows into the store; a unique violation means that somebody else wrote one of the keys."""
     with driver(connection).cursor() as cursor, cursor.copy(_COPY) as copy:
         copy.set_types(_COPY_TYPES)
         write_row = copy.write_row

@@ -62,7 +62,7 @@ def plan(work: Work) -> None:
         files.finish_plan(work.connection, work.lease, [])
         return
     with _fetcher(work, view) as fetcher:
-        manifest = fetch_manifest(fetcher, view.manifest_url)
+        manifest = fetch_manifest(fetcher, view.manifest_url, work.settings)
     listed = [
         *(
             PlannedFile("output", file.url, file.type, file.organized_by, file.count, file.size)

@@ -30,7 +30,7 @@ class Batch:
     keys: list[bytes] = field(default_factory=list)
     content_hashes: list[bytes] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
-    bytes: int = 0
+    size: int = 0
 
     @property
     def line_count(self) -> int:
@@ -40,7 +40,7 @@ class Batch:
     @property
     def end_byte(self) -> int:
         """Where the next batch begins."""
-        return self.first_byte + self.bytes
+        return self.first_byte + self.size
 
     @property
     def end_line(self) -> int:

@@ -112,12 +112,12 @@ class LineReader:
                     self._add_lines(batch, lines[start:end], suspicious)
                     if end == len(lines) and not terminated:
                         batch.results.lengths[-1] -= 1
-                        batch.bytes -= 1
+                        batch.size -= 1
                     start = end
                     if batch.line_count >= self._rules.batch_lines:
                         yield batch
                         batch = Batch(batch.end_byte, batch.end_line + 1)
-            if batch.bytes >= self._rules.batch_bytes:
+            if batch.size >= self._rules.batch_bytes:
                 yield batch
                 batch = Batch(batch.end_byte, batch.end_line + 1)
         if batch.line_count:
@@ -190,7 +190,7 @@ class LineReader:
             finally:
                 place += 1
                 offset += length
-        batch.bytes = offset - batch.first_byte
+        batch.size = offset - batch.first_byte
 
     def _assign_id(self, offset: int) -> str:
         rules = self._rules
@@ -208,7 +208,7 @@ class LineReader:
                 diagnostics=f"the line has {line.length:,} bytes; at most {self._rules.max_line_bytes:,} are accepted",
             )
         )
-        batch.bytes += line.length + line.terminated
+        batch.size += line.length + line.terminated
 
 
 def _strip(raw: bytes) -> bytes:
