@@ -137,7 +137,7 @@ def newest(connection: sa.Connection, keys: Sequence[bytes]) -> list[Standing]:
 def manifests_of_batches(connection: sa.Connection, tenant_id: int, batches: Iterable[int]) -> dict[int, int]:
     """Which manifest wrote each of the batches."""
     rows = connection.execute(_MANIFESTS_OF, {"tenant_id": tenant_id, "batches": list(batches)})
-    return dict(row._tuple() for row in rows)
+    return {row.id: row.manifest_id for row in rows}
 
 
 def append(connection: sa.Connection, rows: Iterable[VersionRow]) -> None:

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 import zstandard
 
 from schema.fhir_types import type_name
-from schema.leases import Lease, Progress
+from schema.leases import Lease, LeaseLost, Progress
 from schema.tables import entry_issues, ingest_batches
 
 
@@ -152,28 +152,33 @@ def record_batch(
     results: LineResults,
     issues: Sequence[Issue],
 ) -> None:
-    """Write the batch's row and its issues, in the batch's own transaction."""
+    """Write the batch's row and its issues, in the batch's own transaction.
+
+    Raises `LeaseLost` if a batch that begins there is recorded already.
+    """
     counts = ("created", "updated", "unchanged", "affirmed", "failed", "skipped")
     place: dict[str, Any] = {
         "tenant_id": lease.tenant_id,
         "file_id": lease.file_id,
         "generation": lease.generation,
     }
-    connection.execute(
-        ingest_batches.insert().values(
-            **place,
-            id=batch_id,
-            manifest_id=lease.manifest_id,
-            first_byte=progress.first_byte,
-            end_byte=progress.end_byte,
-            first_line=first_line,
-            line_count=line_count,
-            fencing_token=lease.fencing_token,
-            digest=digest,
-            results=pack(results),
-            **{name: getattr(progress, name) for name in counts},
-        )
+    statement = ingest_batches.insert().values(
+        **place,
+        id=batch_id,
+        manifest_id=lease.manifest_id,
+        first_byte=progress.first_byte,
+        end_byte=progress.end_byte,
+        first_line=first_line,
+        line_count=line_count,
+        fencing_token=lease.fencing_token,
+        digest=digest,
+        results=pack(results),
+        **{name: getattr(progress, name) for name in counts},
     )
+    try:
+        connection.execute(statement)
+    except sa.exc.IntegrityError as error:
+        raise LeaseLost from error
     if issues:
         connection.execute(
             entry_issues.insert(),

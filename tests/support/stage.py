@@ -1,0 +1,129 @@
+"""A database on which a test puts manifests, claims their steps and writes their lines, without processes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, Self
+
+import sqlalchemy as sa
+
+from schema import files, leases, submissions
+from schema.database import create_engine
+from schema.files import PlannedFile
+from schema.leases import Lease
+from settings import Settings
+from workers.fetch.ndjson import Block
+from workers.ingest.lines import LineReader, LineRules
+
+_numbers = itertools.count(1)
+
+
+def patient(resource_id: str, *, name: str = "Ada") -> bytes:
+    """A Patient as a line, without its line end."""
+    return f'{{"resourceType":"Patient","id":"{resource_id}","name":[{{"family":"{name}"}}]}}'.encode()
+
+
+def lines_of(*lines: bytes) -> Iterator[Block]:
+    """The lines as the one block of a file."""
+    yield Block(b"".join(line + b"\n" for line in lines), 0, 1)
+
+
+class Stage:
+    """One connection to a migrated database, with a submitter of the default tenant."""
+
+    def __init__(self, settings: Settings, *, submitter: str = "north") -> None:
+        self.settings = settings
+        self._submitter = submitter
+        self._engine = create_engine(settings, application="test stage", pooled=False)
+
+    def __enter__(self) -> Self:
+        self.connection = self._engine.connect()
+        with self.connection.begin():
+            tenant_id = submissions.find_tenant(self.connection, "default")
+            assert tenant_id is not None
+            self.tenant_id = tenant_id
+            self.submitter_id = submissions.add_submitter(
+                self.connection, tenant_id, "urn:test", self._submitter, ignore_meta=False
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+        self._engine.dispose()
+
+    def add_manifest(self, url: str | None = None, *, tenant_id: int | None = None) -> int:
+        """A manifest, pending, in a submission of its own."""
+        number = next(_numbers)
+        with self.connection.begin():
+            submission = submissions.hold_submission(
+                self.connection,
+                self.tenant_id if tenant_id is None else tenant_id,
+                self.submitter_id,
+                f"{self._submitter}-{number}",
+                owner_subject=None,
+                request_url=None,
+            )
+            return submissions.add_manifest(
+                self.connection,
+                submission,
+                manifest_url=url or f"http://provider.test/{self._submitter}/{number}/manifest.json",
+                replaces_url=None,
+                kickoff_digest=b"digest",
+                parameters=submissions.FetchParameters("http://ehr.test", None, [], [], [], None),
+            )
+
+    def claim(self, worker: str = "test/1", *, hint: int = 0, seconds: float = 30) -> Lease:
+        """The next step; fails the test if there is none."""
+        lease = leases.claim_next(self.connection, worker, seconds, hint)
+        assert lease is not None
+        return lease
+
+    def ingest_lease(self, worker: str = "test/1", *, files_listed: int = 1) -> Lease:
+        """A lease on the first file of a manifest just planned."""
+        manifest_id = self.add_manifest()
+        plan = self.claim_of(manifest_id, worker)
+        listed = [PlannedFile("output", f"http://provider.test/{manifest_id}/{n}.ndjson") for n in range(files_listed)]
+        files.finish_plan(self.connection, plan, listed)
+        return self.claim_of(manifest_id, worker)
+
+    def claim_of(self, manifest_id: int, worker: str) -> Lease:
+        """A lease on a step of that manifest, whatever else is due."""
+        others = "manifest_id <> :id AND state = 'ready' AND worker_id IS NULL"
+        self.execute(f"UPDATE steps SET ready_at = 'infinity' WHERE {others}", id=manifest_id)
+        lease = self.claim(worker)
+        self.execute(f"UPDATE steps SET ready_at = clock_timestamp() WHERE {others}", id=manifest_id)
+        assert lease.manifest_id == manifest_id
+        return lease
+
+    def expire(self, lease: Lease) -> None:
+        """Let the lease run out, as far as the database is concerned."""
+        self.execute("UPDATE steps SET lease_expires_at = clock_timestamp() WHERE id = :id", id=lease.step_id)
+
+    def reader(self, lease: Lease, **rules: Any) -> LineReader:
+        """A reader of the lease's file, any type accepted."""
+        defaults: dict[str, Any] = {
+            "position": 0,
+            "declared_type": None,
+            "organized_by": None,
+            "ignore_meta": False,
+            "batch_lines": self.settings.batch_lines,
+            "batch_bytes": self.settings.batch_bytes,
+            "max_line_bytes": self.settings.max_line_bytes,
+        }
+        return LineReader(LineRules(tenant_id=lease.tenant_id, manifest_id=lease.manifest_id, **{**defaults, **rules}))
+
+    def other_tenant(self) -> int:
+        """The id of a second tenant."""
+        with self.connection.begin():
+            return submissions.add_tenant(self.connection, "other")
+
+    def execute(self, statement: str, **parameters: Any) -> None:
+        """Run a statement and commit."""
+        with self.connection.begin():
+            self.connection.execute(sa.text(statement), parameters)
+
+    def rows(self, query: str, **parameters: Any) -> list[tuple[Any, ...]]:
+        """What a query finds."""
+        with self.connection.begin():
+            return [tuple(row) for row in self.connection.execute(sa.text(query), parameters)]
