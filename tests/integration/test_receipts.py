@@ -507,7 +507,7 @@ def test_trouble_with_the_store_leaves_the_manifest_to_the_next_attempt(press: P
 
 
 def test_memory_does_not_grow_with_lines(press: Press) -> None:
-    batch = [created(f"patient-{number}") for number in range(500)]
+    batch = [created(hashlib.sha256(b"%d" % number).hexdigest()) for number in range(500)]
 
     def peak(batches: int) -> int:
         manifest_id = press.plan([PlannedFile("output", PATIENTS)])
