@@ -1,0 +1,378 @@
+"""FHIR `Parameters` of $bulk-submit and $bulk-submit-status, read strictly, with every fault found at once.
+
+Source: Bulk Data Access 4.0.0-ballot, OperationDefinitions bulk-submit and bulk-submit-status. What earlier drafts of
+it called otherwise is accepted with a warning: `FHIRBaseUrl`, `fileRequestHeaders`, `complete`, `aborted`, URLs as
+strings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from submit_tasks.outcomes import Issue
+from workers.fetch.egress import check_header, check_url
+from workers.fetch.errors import Refused
+
+EVENT_STATUS = "http://hl7.org/fhir/event-status"
+STATUS_SYSTEMS = {EVENT_STATUS, "http://hl7.org/fhir/uv/bulkdata/ValueSet/submission-status", None}
+STATUSES = {
+    "in-progress": "in-progress",
+    "completed": "completed",
+    "stopped": "stopped",
+    "complete": "completed",
+    "aborted": "stopped",
+}
+NDJSON_FORMATS = {"application/fhir+ndjson", "application/ndjson", "ndjson"}
+FHIR_VERSIONS = {"4.0", "4.3", "5.0"}
+MAX_TEXT = 256
+MAX_URL = 4096
+MAX_VALUE = 16_384
+
+_FHIR_VERSION = re.compile(r";\s*fhirVersion=([0-9.]+)\s*$", re.IGNORECASE)
+
+
+class InvalidRequest(Exception):  # noqa: N818
+    """The request is not what the operation takes (HTTP 400). `issues` name every fault and its place."""
+
+    def __init__(self, issues: Sequence[Issue]) -> None:
+        super().__init__("; ".join(issue.text for issue in issues))
+        self.issues = list(issues)
+
+
+@dataclass(frozen=True, slots=True)
+class KickoffRequest:
+    """One $bulk-submit. `status` is None where the request names none. Header values and keys stay out of `repr`."""
+
+    system: str
+    value: str
+    submission_id: str
+    status: str | None
+    manifest_url: str | None
+    replaces_manifest_url: str | None
+    fhir_base_url: str | None
+    output_format: str | None
+    fhir_version: str | None
+    headers: list[tuple[str, str]] = field(repr=False)
+    oauth_metadata_urls: list[str]
+    file_encryption_key: dict[str, Any] | None = field(repr=False)
+    metadata: list[dict[str, str]]
+    import_directives: list[dict[str, str]]
+    warnings: list[Issue]
+
+
+@dataclass(frozen=True, slots=True)
+class StatusRequest:
+    """One $bulk-submit-status."""
+
+    system: str
+    value: str
+    submission_id: str
+    warnings: list[Issue]
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A parameter as it stands in the request, and where."""
+
+    body: dict[str, Any]
+    place: str
+
+
+Reading = Callable[["_Parameters", _Named], Any]
+
+
+class _Parameters:
+    """Reads one Parameters resource, collecting what is wrong with it."""
+
+    def __init__(self, body: Any, known: dict[str, tuple[bool, Reading]], aliases: dict[str, str]) -> None:
+        self.issues: list[Issue] = []
+        self.warnings: list[Issue] = []
+        self._values: dict[str, list[Any]] = {name: [] for name in known}
+        if not isinstance(body, dict):
+            self.fault("the body is not a JSON object", "Parameters")
+        elif body.get("resourceType") != "Parameters":
+            self.fault("the body is not a Parameters resource", "Parameters.resourceType")
+        elif not isinstance(body.get("parameter", []), list):
+            self.fault("parameter is not an array", "Parameters.parameter")
+        else:
+            for index, parameter in enumerate(body.get("parameter", [])):
+                self._take(parameter, f"Parameters.parameter[{index}]", known, aliases)
+
+    def _take(
+        self, parameter: Any, place: str, known: dict[str, tuple[bool, Reading]], aliases: dict[str, str]
+    ) -> None:
+        name = parameter.get("name") if isinstance(parameter, dict) else None
+        if not isinstance(name, str):
+            self.fault("the parameter has no name", f"{place}.name")
+            return
+        if name in aliases:
+            self.warn(f"{name} is accepted for {aliases[name]}", f"{place}.name")
+            name = aliases[name]
+        if name not in known:
+            self.fault(f"the parameter {name[:64]!r} is not known here", f"{place}.name", code="not-supported")
+            return
+        repeats, reading = known[name]
+        value = reading(self, _Named(parameter, place))
+        if value is None:
+            return
+        if self._values[name] and not repeats:
+            self.fault(f"{name} may be given once only", place)
+        self._values[name].append(value)
+
+    def fault(self, text: str, place: str, *, code: str = "invalid") -> None:
+        self.issues.append(Issue("error", code, text, expression=[place]))
+
+    def warn(self, text: str, place: str) -> None:
+        self.warnings.append(Issue("warning", "informational", text, expression=[place]))
+
+    def one(self, name: str) -> Any:
+        values = self._values[name]
+        return values[0] if values else None
+
+    def required(self, name: str) -> Any:
+        value = self.one(name)
+        if value is None and not any(name in issue.text for issue in self.issues):
+            self.fault(f"{name} is missing", "Parameters.parameter", code="required")
+        return value
+
+    def all(self, name: str) -> list[Any]:
+        return self._values[name]
+
+    def text(self, named: _Named, kinds: Sequence[str], longest: int) -> str | None:
+        """A non-empty string under the first of `kinds`; the other kinds are accepted with a warning."""
+        found = [key for key in named.body if key.startswith("value")]
+        if len(found) != 1 or found[0] not in kinds:
+            self.fault(f"{named.body['name']} takes one {kinds[0]}", named.place)
+            return None
+        value = named.body[found[0]]
+        place = f"{named.place}.{found[0]}"
+        if not isinstance(value, str) or not value.strip() or "\0" in value:
+            self.fault(f"{named.body['name']} is not a text", place)
+            return None
+        if len(value) > longest:
+            self.fault(f"{named.body['name']} is longer than {longest} characters", place)
+            return None
+        if found[0] != kinds[0]:
+            self.warn(f"{found[0]} is accepted for {kinds[0]}", place)
+        return value
+
+    def parts(self, named: _Named, names: Sequence[str]) -> dict[str, _Named] | None:
+        """The parameter's parts by name; those not in `names`, or given twice, are faults."""
+        found: dict[str, _Named] = {}
+        parts = named.body.get("part")
+        if not isinstance(parts, list):
+            self.fault(f"{named.body['name']} takes parts", named.place)
+            return None
+        for index, part in enumerate(parts):
+            place = f"{named.place}.part[{index}]"
+            name = part.get("name") if isinstance(part, dict) else None
+            if name not in names or name in found:
+                self.fault(f"{named.body['name']} takes one part each of {', '.join(names)}", place)
+                return None
+            found[name] = _Named(part, place)
+        return found
+
+
+def _string(reader: _Parameters, named: _Named) -> str | None:
+    return reader.text(named, ["valueString"], MAX_TEXT)
+
+
+def _url(reader: _Parameters, named: _Named) -> str | None:
+    url = reader.text(named, ["valueUrl", "valueUri", "valueString"], MAX_URL)
+    if url is None:
+        return None
+    try:
+        return check_url(url)
+    except Refused as refused:
+        reader.fault(f"{named.body['name']}: {refused.reason}", named.place)
+        return None
+
+
+def _identifier(reader: _Parameters, named: _Named) -> tuple[str, str] | None:
+    identifier = named.body.get("valueIdentifier")
+    values = [identifier.get(key) for key in ("system", "value")] if isinstance(identifier, dict) else []
+    texts = [value for value in values if isinstance(value, str) and 0 < len(value) <= MAX_URL and "\0" not in value]
+    if len(texts) != 2:
+        reader.fault("submitter takes a valueIdentifier with system and value", named.place)
+        return None
+    return texts[0], texts[1]
+
+
+def _status(reader: _Parameters, named: _Named) -> str | None:
+    coding = named.body.get("valueCoding")
+    place = f"{named.place}.valueCoding"
+    if not isinstance(coding, dict):
+        reader.fault("submissionStatus takes a valueCoding", named.place)
+        return None
+    system, code = coding.get("system"), coding.get("code")
+    if not isinstance(code, str) or code not in STATUSES:
+        reader.fault("submissionStatus is one of in-progress, completed, stopped", f"{place}.code", code="code-invalid")
+        return None
+    if not isinstance(system, str | None) or system not in STATUS_SYSTEMS:
+        reader.fault(f"submissionStatus is a code of {EVENT_STATUS}", f"{place}.system", code="code-invalid")
+        return None
+    if system != EVENT_STATUS:
+        reader.warn(f"the system of submissionStatus is {EVENT_STATUS}", f"{place}.system")
+    if STATUSES[code] != code:
+        reader.warn(f"{code} is accepted for {STATUSES[code]}", f"{place}.code")
+    return STATUSES[code]
+
+
+def _headers(reader: _Parameters, named: _Named) -> list[tuple[str, str]] | None:
+    """One header; or, as some earlier providers send them, all names and then all values in one parameter."""
+    parts = named.body.get("part")
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        reader.fault("fileRequestHeader takes the parts headerName and headerValue", named.place)
+        return None
+    names, values = (
+        [
+            reader.text(_Named(part, f"{named.place}.part[{index}]"), ["valueString"], MAX_VALUE)
+            for index, part in enumerate(parts)
+            if part.get("name") == part_name
+        ]
+        for part_name in ("headerName", "headerValue")
+    )
+    if not names or len(names) != len(values) or len(names) + len(values) != len(parts):
+        reader.fault("fileRequestHeader takes the parts headerName and headerValue", named.place)
+        return None
+    headers = []
+    for name, value in zip(names, values, strict=True):
+        if name is None or value is None:
+            return None
+        try:
+            headers.append(check_header(name, value))
+        except Refused as refused:
+            reader.fault(refused.reason, named.place)
+            return None
+    return headers
+
+
+def _output_format(reader: _Parameters, named: _Named) -> tuple[str, str | None] | None:
+    value = reader.text(named, ["valueString"], MAX_TEXT)
+    if value is None:
+        return None
+    version = _FHIR_VERSION.search(value)
+    media_type = _FHIR_VERSION.sub("", value).strip().lower()
+    if media_type not in NDJSON_FORMATS:
+        reader.fault(f"the format {media_type[:64]!r} is not NDJSON", named.place, code="not-supported")
+        return None
+    if version and version[1] not in FHIR_VERSIONS:
+        reader.fault(f"FHIR version {version[1]} is not supported", named.place, code="not-supported")
+        return None
+    return value, version[1] if version else None
+
+
+def _file_encryption_key(reader: _Parameters, named: _Named) -> dict[str, Any] | None:
+    parts = reader.parts(named, ["coding", "value"])
+    if parts is None:
+        return None
+    if "value" not in parts:
+        reader.fault("fileEncryptionKey has no value", named.place, code="required")
+        return None
+    value = reader.text(parts["value"], ["valueString"], MAX_VALUE)
+    coding = parts["coding"].body.get("valueCoding") if "coding" in parts else None
+    return None if value is None else {"value": value, "coding": coding}
+
+
+def _directive(reader: _Parameters, named: _Named) -> dict[str, str] | None:
+    """parameterUrl with parameterValue; or, as the OperationDefinition's prose has it, one part named by a URL."""
+    parts = named.body.get("part")
+    if isinstance(parts, list) and len(parts) == 1 and isinstance(parts[0], dict):
+        name = parts[0].get("name")
+        if isinstance(name, str) and _scheme(name):
+            value = reader.text(_Named(parts[0], f"{named.place}.part[0]"), ["valueString", "valueUri"], MAX_VALUE)
+            return None if value is None else {"parameterUrl": name, "parameterValue": value}
+    found = reader.parts(named, ["parameterUrl", "parameterValue"])
+    if found is None:
+        return None
+    if len(found) != 2:
+        reader.fault(f"{named.body['name']} takes parameterUrl and parameterValue", named.place, code="required")
+        return None
+    url = reader.text(found["parameterUrl"], ["valueUri", "valueUrl", "valueString"], MAX_URL)
+    value = reader.text(found["parameterValue"], ["valueString"], MAX_VALUE)
+    if url is None or value is None:
+        return None
+    if not _scheme(url):
+        reader.fault("parameterUrl is not an absolute URL", found["parameterUrl"].place)
+        return None
+    return {"parameterUrl": url, "parameterValue": value}
+
+
+def _scheme(url: str) -> str:
+    """The URL's scheme, empty where it has none or is none."""
+    try:
+        return urlsplit(url).scheme
+    except ValueError:
+        return ""
+
+
+_KICKOFF: dict[str, tuple[bool, Reading]] = {
+    "submitter": (False, _identifier),
+    "submissionId": (False, _string),
+    "submissionStatus": (False, _status),
+    "manifestUrl": (False, _url),
+    "replacesManifestUrl": (False, _url),
+    "outputFormat": (False, _output_format),
+    "fhirBaseUrl": (False, _url),
+    "fileRequestHeader": (True, _headers),
+    "oauthMetadataUrl": (True, _url),
+    "fileEncryptionKey": (False, _file_encryption_key),
+    "metadata": (True, _directive),
+    "import": (True, _directive),
+}
+_KICKOFF_ALIASES = {"FHIRBaseUrl": "fhirBaseUrl", "fileRequestHeaders": "fileRequestHeader"}
+_STATUS: dict[str, tuple[bool, Reading]] = {
+    "submitter": (False, _identifier),
+    "submissionId": (False, _string),
+    "_outputFormat": (False, _output_format),
+}
+
+
+def parse_kickoff(body: Any) -> KickoffRequest:
+    """Read the Parameters of $bulk-submit (any JSON value); raises `InvalidRequest`."""
+    reader = _Parameters(body, _KICKOFF, _KICKOFF_ALIASES)
+    if reader.issues and not isinstance(body, dict):
+        raise InvalidRequest(reader.issues)
+    submitter = reader.required("submitter")
+    submission_id = reader.required("submissionId")
+    status, manifest_url = reader.one("submissionStatus"), reader.one("manifestUrl")
+    if not reader.issues:
+        if status is None and manifest_url is None:
+            reader.fault("submissionStatus or manifestUrl is required", "Parameters.parameter", code="required")
+        if manifest_url is not None and reader.one("fhirBaseUrl") is None:
+            reader.fault("fhirBaseUrl is required with manifestUrl", "Parameters.parameter", code="required")
+    if reader.issues:
+        raise InvalidRequest(reader.issues)
+    output_format, fhir_version = reader.one("outputFormat") or (None, None)
+    return KickoffRequest(
+        system=submitter[0],
+        value=submitter[1],
+        submission_id=submission_id,
+        status=status,
+        manifest_url=manifest_url,
+        replaces_manifest_url=reader.one("replacesManifestUrl"),
+        fhir_base_url=reader.one("fhirBaseUrl"),
+        output_format=output_format,
+        fhir_version=fhir_version,
+        headers=[header for headers in reader.all("fileRequestHeader") for header in headers],
+        oauth_metadata_urls=reader.all("oauthMetadataUrl"),
+        file_encryption_key=reader.one("fileEncryptionKey"),
+        metadata=reader.all("metadata"),
+        import_directives=reader.all("import"),
+        warnings=reader.warnings,
+    )
+
+
+def parse_status(body: Any) -> StatusRequest:
+    """Read the Parameters of $bulk-submit-status (any JSON value); raises `InvalidRequest`."""
+    reader = _Parameters(body, _STATUS, {"outputFormat": "_outputFormat"})
+    if isinstance(body, dict):
+        submitter = reader.required("submitter")
+        submission_id = reader.required("submissionId")
+    if reader.issues:
+        raise InvalidRequest(reader.issues)
+    return StatusRequest(submitter[0], submitter[1], submission_id, reader.warnings)
