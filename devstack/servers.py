@@ -47,7 +47,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Runs in the child: when the parent dies, by whatever signal, the kernel interrupts the child."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
@@ -134,7 +134,7 @@ class _Server(ABC):
                 stderr=output,
                 cwd="/",
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
                 **options,
             )
         ends = time.monotonic() + START_SECONDS

@@ -9,10 +9,9 @@ of two files that end at once one sees the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -59,29 +58,14 @@ class ManifestView:
 
 @dataclass(frozen=True, slots=True)
 class FileView:
-    """What a worker needs to know of a file, with the counts of its step. `state` is the step's."""
+    """What a worker needs to know of the file it ingests."""
 
-    file_id: int
     position: int
-    kind: str
     url: str
     declared_type: str | None
     organized_by: str | None
-    declared_count: int | None
-    declared_bytes: int | None
     validator: str | None
     problems: list[Problem]
-    state: str | None
-    generation: int
-    fencing_token: int
-    cursor_bytes: int
-    cursor_lines: int
-    created: int
-    updated: int
-    unchanged: int
-    affirmed: int
-    failed: int
-    skipped: int
 
 
 _MANIFEST_VIEW = sa.text("""
@@ -94,19 +78,11 @@ JOIN submitters r ON r.tenant_id = s.tenant_id AND r.id = s.submitter_id
 WHERE m.tenant_id = :tenant_id AND m.id = :manifest_id
 """)
 
-_FILE_VIEW = """
-SELECT f.id AS file_id, f.position, f.kind, f.url, f.declared_type, f.organized_by, f.declared_count, f.declared_bytes,
-       f.validator, f.problems, s.state, coalesce(s.generation, 1) AS generation,
-       coalesce(s.fencing_token, 0) AS fencing_token, coalesce(s.cursor_bytes, 0) AS cursor_bytes,
-       coalesce(s.cursor_lines, 0) AS cursor_lines, coalesce(s.created, 0) AS created,
-       coalesce(s.updated, 0) AS updated, coalesce(s.unchanged, 0) AS unchanged, coalesce(s.affirmed, 0) AS affirmed,
-       coalesce(s.failed, 0) AS failed, coalesce(s.skipped, 0) AS skipped
-FROM manifest_files f
-LEFT JOIN steps s ON s.tenant_id = f.tenant_id AND s.file_id = f.id
-WHERE f.tenant_id = :tenant_id AND f.manifest_id = :manifest_id
-"""
-_FILES = sa.text(_FILE_VIEW + " ORDER BY f.position")
-_FILE = sa.text(_FILE_VIEW + " AND f.id = :file_id")
+_FILE_VIEW = sa.text("""
+SELECT position, url, declared_type, organized_by, validator, problems
+FROM manifest_files
+WHERE tenant_id = :tenant_id AND id = :file_id
+""")
 
 _READY_PUBLISH = sa.text("""
 UPDATE steps SET state = 'ready', ready_at = clock_timestamp()
@@ -128,20 +104,10 @@ def manifest_view(connection: sa.Connection, tenant_id: int, manifest_id: int) -
     return ManifestView(**{**row._mapping, "problems": _problems(row.problems)})
 
 
-def _file_view(row: sa.Row[Any]) -> FileView:
-    return FileView(**{**row._mapping, "problems": _problems(row.problems)})
-
-
 def file_view(connection: sa.Connection, lease: Lease) -> FileView:
     """The file of an ingest step."""
-    parameters = {"tenant_id": lease.tenant_id, "manifest_id": lease.manifest_id, "file_id": lease.file_id}
-    return _file_view(connection.execute(_FILE, parameters).one())
-
-
-def files_of_manifest(connection: sa.Connection, tenant_id: int, manifest_id: int) -> Iterator[FileView]:
-    """The manifest's files in its order."""
-    for row in connection.execute(_FILES, {"tenant_id": tenant_id, "manifest_id": manifest_id}):
-        yield _file_view(row)
+    row = connection.execute(_FILE_VIEW, {"tenant_id": lease.tenant_id, "file_id": lease.file_id}).one()
+    return FileView(**{**row._mapping, "problems": _problems(row.problems)})
 
 
 def _publish_if_nothing_is_left(connection: sa.Connection, lease: Lease) -> None:

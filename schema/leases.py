@@ -100,13 +100,9 @@ ORDER BY held.leased / t.weight, due.manifest_id = :hint DESC, due.manifest_id
 
 # The tenant's oldest due step. Both rows are locked, so that both are looked at again if somebody changed them
 # meanwhile: a step of a manifest that was just stopped is not claimed. Nothing waits for a locked step.
+# MATERIALIZED, because a plan that ran the LIMIT once per outer row would claim several.
 _CLAIM = sa.text("""
-UPDATE steps s
-SET worker_id = :worker_id,
-    lease_expires_at = clock_timestamp() + make_interval(secs => :seconds),
-    fencing_token = s.fencing_token + 1,
-    attempts = s.attempts + 1
-FROM (
+WITH due AS MATERIALIZED (
     SELECT c.id, c.worker_id
     FROM steps c
     JOIN manifests m ON m.tenant_id = c.tenant_id AND m.id = c.manifest_id
@@ -117,7 +113,13 @@ FROM (
     LIMIT 1
     FOR UPDATE OF c SKIP LOCKED
     FOR SHARE OF m
-) due
+)
+UPDATE steps s
+SET worker_id = :worker_id,
+    lease_expires_at = clock_timestamp() + make_interval(secs => :seconds),
+    fencing_token = s.fencing_token + 1,
+    attempts = s.attempts + 1
+FROM due
 WHERE s.tenant_id = :tenant_id AND s.id = due.id
 RETURNING s.tenant_id, s.id AS step_id, s.manifest_id, s.file_id, s.kind, s.worker_id, s.fencing_token, s.attempts,
           s.generation, s.cursor_bytes, s.cursor_lines, due.worker_id AS previous_worker

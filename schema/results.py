@@ -6,7 +6,7 @@ A batch's results are one value: msgpack of columns, compressed with zstd. Lines
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum
@@ -16,7 +16,6 @@ import msgspec
 import sqlalchemy as sa
 import zstandard
 
-from schema.fhir_types import type_name
 from schema.leases import Lease, LeaseLost, Progress
 from schema.tables import entry_issues, ingest_batches
 
@@ -51,17 +50,6 @@ class LineResults(msgspec.Struct, array_like=True):
     seqs: list[int] = msgspec.field(default_factory=list)
 
 
-class LineResult(NamedTuple):
-    """One line's result. `offset` is where the line begins in the decoded file, in bytes."""
-
-    line: int
-    offset: int
-    action: Action
-    resource_type: str | None
-    resource_id: str | None
-    version: int | None
-
-
 @dataclass(frozen=True, slots=True)
 class Issue:
     """Why one line failed. `diagnostics` is written for the submitter. `outcome` is a contract term."""
@@ -89,39 +77,13 @@ class CommittedBatch:
     committed_at: datetime
     results: bytes = field(repr=False)
 
-    def lines(self) -> Iterator[LineResult]:
-        """The results, line by line, in the order of the file."""
-        results = unpack(self.results)
-        stored = zip(results.types, results.ids, results.versions, strict=True)
-        offset = self.first_byte
-        for line, (action, length) in enumerate(zip(results.actions, results.lengths, strict=True), self.first_line):
-            if action in STORED_ACTIONS:
-                number, resource_id, version = next(stored)
-                yield LineResult(line, offset, Action(action), type_name(number), resource_id, version)
-            else:
-                yield LineResult(line, offset, Action(action), None, None, None)
-            offset += length
-
 
 _NEXT_ID = sa.text("SELECT nextval(pg_get_serial_sequence('ingest_batches', 'id'))")
-
-_BATCHES_OF_FILE = sa.text("""
-SELECT b.id, b.file_id, b.first_byte, b.end_byte, b.first_line, b.line_count, b.digest, b.committed_at, b.results
-FROM ingest_batches b
-WHERE b.tenant_id = :tenant_id AND b.file_id = :file_id AND b.generation = :generation
-ORDER BY b.first_byte
-""")
 
 _BATCH_BORDERS = sa.text("""
 SELECT first_byte, end_byte, line_count, digest FROM ingest_batches
 WHERE tenant_id = :tenant_id AND file_id = :file_id AND generation = :generation
 ORDER BY first_byte
-""")
-
-_ISSUES_OF_FILE = sa.text("""
-SELECT line, byte_offset, code, diagnostics, outcome, resource_type, resource_id FROM entry_issues
-WHERE tenant_id = :tenant_id AND file_id = :file_id AND generation = :generation
-ORDER BY line
 """)
 
 
@@ -203,17 +165,6 @@ def _of_file(tenant_id: int, file_id: int, generation: int) -> dict[str, int]:
     return {"tenant_id": tenant_id, "file_id": file_id, "generation": generation}
 
 
-def batches_of_file(
-    connection: sa.Connection, tenant_id: int, file_id: int, generation: int
-) -> Iterator[CommittedBatch]:
-    """The file's batches in order, streamed: memory does not grow with their number."""
-    rows = connection.execution_options(yield_per=16).execute(
-        _BATCHES_OF_FILE, _of_file(tenant_id, file_id, generation)
-    )
-    for row in rows:
-        yield CommittedBatch(**row._mapping)
-
-
 class BatchBorder(NamedTuple):
     """Where a committed batch lies, and the digest of its lines."""
 
@@ -228,12 +179,3 @@ def batch_borders(connection: sa.Connection, lease: Lease) -> list[BatchBorder]:
     assert lease.file_id is not None
     rows = connection.execute(_BATCH_BORDERS, _of_file(lease.tenant_id, lease.file_id, lease.generation))
     return [BatchBorder(*row) for row in rows]
-
-
-def issues_of_file(connection: sa.Connection, tenant_id: int, file_id: int, generation: int) -> Iterator[Issue]:
-    """The file's failed lines in order, streamed."""
-    rows = connection.execution_options(yield_per=1000).execute(
-        _ISSUES_OF_FILE, _of_file(tenant_id, file_id, generation)
-    )
-    for row in rows:
-        yield Issue(**row._mapping)

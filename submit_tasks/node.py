@@ -53,12 +53,12 @@ class _Reporter(threading.Thread):
 _reporters: list[_Reporter] = []
 
 
-@signals.setup_logging.connect  # type: ignore[untyped-decorator]
+@signals.setup_logging.connect
 def _configure_logging(loglevel: int = 20, **_: Any) -> None:
     configure_logging(loglevel)
 
 
-@signals.worker_ready.connect  # type: ignore[untyped-decorator]
+@signals.worker_ready.connect
 def _ready(sender: Any, **_: Any) -> None:
     if MANIFESTS in sender.app.amqp.queues.consume_from:
         reporter = _Reporter(sender.hostname, sender.controller.concurrency)
@@ -66,12 +66,12 @@ def _ready(sender: Any, **_: Any) -> None:
         _reporters.append(reporter)
 
 
-@signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
+@signals.worker_shutting_down.connect
 def _shutting_down(**_: Any) -> None:
     order_drain()
 
 
-@signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
+@signals.worker_shutdown.connect
 def _shutdown(**_: Any) -> None:
     while _reporters:
         _reporters.pop().stop()

@@ -170,7 +170,7 @@ class _Parameters:
         for index, part in enumerate(parts):
             place = f"{named.place}.part[{index}]"
             name = part.get("name") if isinstance(part, dict) else None
-            if name not in names or name in found:
+            if not isinstance(name, str) or name not in names or name in found:
                 self.fault(f"{named.body['name']} takes one part each of {', '.join(names)}", place)
                 return None
             found[name] = _Named(part, place)

@@ -17,7 +17,8 @@ from schema.results import Action, CommittedBatch, Issue, LineResults, pack
 from workers.artifact_store import ArtifactMissingError, ArtifactStore, ArtifactStoreError
 from workers.receipts.outcomes import line_outcome
 from workers.receipts.parts import Part, Receipt, ReceiptName
-from workers.receipts.render import fhir_instant, public_url, render_batch
+from workers.receipts.render import fhir_instant, render_batch
+from workers.urls import public_url
 
 
 class Deliveries:

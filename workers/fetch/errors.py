@@ -2,20 +2,6 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
-
-
-def without_query(url: str) -> str:
-    """The URL as it may be shown and logged: no user, no query, no fragment."""
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:
-        return "(not a URL)"
-    host = f"[{host}]" if ":" in host else host
-    return f"{parts.scheme}://{host}{port}{parts.path}"
-
 
 class FetchError(Exception):
     """Base: a URL that the submission named could not be had. `reason` and `code` (FHIR issue type) tell the submitter.

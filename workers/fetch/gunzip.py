@@ -27,7 +27,7 @@ def gunzip(chunks: Iterator[bytes], limit: int) -> Iterator[bytes]:
             begun = True
             try:
                 decoded = decoder.decompress(data, limit)
-            except igzip_lib.error as error:
+            except igzip_lib.error as error:  # type: ignore[misc]
                 raise OSError("not gzip data") from error
             data = decoder.unused_data if decoder.eof else b""
             if decoded:

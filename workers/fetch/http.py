@@ -26,9 +26,9 @@ from workers.fetch.errors import (
     NotRetrieved,
     TooLarge,
     Unreachable,
-    without_query,
 )
 from workers.fetch.gunzip import MAGIC, gunzip
+from workers.urls import public_url
 
 CHUNK = MEBIBYTE
 RATIO_FREE_BYTES = 16 * MEBIBYTE
@@ -54,7 +54,7 @@ class Stream:
         self._response = response
         self._settings = settings
         self._alive = alive
-        self._name = without_query(url)
+        self._name = public_url(url)
         headers = response.headers
         etag = headers.get("ETag", "")
         self.etag = etag if etag.startswith('"') else None
@@ -178,11 +178,11 @@ class Fetcher:
             for chunk in stream:
                 received += chunk
                 if len(received) > limit:
-                    raise TooLarge(f"{without_query(url)} has more than {limit:,} bytes")
+                    raise TooLarge(f"{public_url(url)} has more than {limit:,} bytes")
         try:
             return msgspec.json.decode(bytes(received).removeprefix(b"\xef\xbb\xbf"))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise BadManifest(f"{without_query(url)} is not JSON: {error}") from error
+            raise BadManifest(f"{public_url(url)} is not JSON: {error}") from error
 
     def _get(self, url: str, headers: dict[str, str]) -> requests.Response:
         """A response that needs no retry: 200, 206 or 416. The last try's error otherwise."""
@@ -202,7 +202,7 @@ class Fetcher:
             except (requests.ConnectionError, requests.Timeout) as caught:
                 error: FetchError = _unreachable(url, caught)
             except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as caught:
-                raise BrokenStream(f"{without_query(url)}: the answer is not HTTP as we know it") from caught
+                raise BrokenStream(f"{public_url(url)}: the answer is not HTTP as we know it") from caught
             else:
                 if response.status_code in (200, 206, 416):
                     return response
@@ -242,7 +242,7 @@ def _starts_at(response: requests.Response, offset: int) -> bool:
 
 
 def _not_retrieved(url: str, status: int) -> NotRetrieved:
-    name = without_query(url)
+    name = public_url(url)
     if 300 <= status < 400:
         reason = f"{name} answered {status}: redirects are not followed"
         return NotRetrieved(reason, http_status=status, code="not-supported", retryable=False)
@@ -252,4 +252,4 @@ def _not_retrieved(url: str, status: int) -> NotRetrieved:
 
 def _unreachable(url: str, error: Exception) -> Unreachable:
     what = "did not answer in time" if isinstance(error, requests.Timeout) else "could not be reached"
-    return Unreachable(f"{without_query(url)} {what}")
+    return Unreachable(f"{public_url(url)} {what}")

@@ -11,8 +11,9 @@ from typing import Any
 from urllib.parse import urljoin
 
 from settings import Settings
-from workers.fetch.errors import BadManifest, TooLarge, without_query
+from workers.fetch.errors import BadManifest, TooLarge
 from workers.fetch.http import Fetcher
+from workers.urls import public_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def fetch_manifest(fetcher: Fetcher, url: str, settings: Settings) -> Manifest:
     next_url: str | None = url
     while next_url is not None:
         if next_url in seen:
-            raise BadManifest(f"{without_query(next_url)}: link leads back to a page that was read already")
+            raise BadManifest(f"{public_url(next_url)}: link leads back to a page that was read already")
         if manifest.pages >= settings.max_manifest_pages:
             raise TooLarge(f"the manifest has more than {settings.max_manifest_pages:,} linked pages")
         seen.add(next_url)
@@ -131,8 +132,8 @@ class _Page:
         value = item.get(name)
         if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63):
             return value
-        notes.append(f"{without_query(self._url)}: {place}.{name} is no count and was ignored")
+        notes.append(f"{public_url(self._url)}: {place}.{name} is no count and was ignored")
         return None
 
     def _bad(self, what: str) -> BadManifest:
-        return BadManifest(f"{without_query(self._url)}: {what}")
+        return BadManifest(f"{public_url(self._url)}: {what}")

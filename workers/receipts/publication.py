@@ -26,7 +26,8 @@ from workers.artifact_store import ArtifactStore
 from workers.receipts.outcomes import file_name, line_outcome, outcome, problem_outcome
 from workers.receipts.parts import Part, Receipt, ReceiptName
 from workers.receipts.reconciliation import Tally, file_as_json, problems_as_json
-from workers.receipts.render import json_text, public_url, render_batch
+from workers.receipts.render import json_text, render_batch
+from workers.urls import public_url
 
 log = structlog.get_logger(__name__)
 

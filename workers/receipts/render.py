@@ -9,7 +9,6 @@ have in common. Ids need no escaping (FHIR "Datatypes, id"); what a submitter wr
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ _WRITTEN = frozenset(int(action) for action in WRITTEN_ACTIONS)
 _OUTPUT_HEADS = {number: f'{{"resourceType":"{name}","id":"' for number, name in enumerate(RESOURCE_TYPES, start=1)}
 _LEDGER_REFERENCES = {number: f'","reference":"{name}/' for number, name in enumerate(RESOURCE_TYPES, start=1)}
 _OUTPUT_TAIL = '","tag":[{"system":"http://terminology.hl7.org/CodeSystem/v3-ObservationValue","code":"SUBSETTED"}]}}\n'
-_SECRETS = re.compile(r"(?<=://)[^/?#]*@|[?#].*", re.DOTALL)  # no parser: the URL may be one that no parser takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +39,6 @@ class BatchLines:
 def json_text(value: object) -> str:
     """The value as JSON, on one line."""
     return msgspec.json.encode(value).decode()
-
-
-def public_url(url: str) -> str:
-    """The URL without what may be secret in it: credentials, query, fragment."""
-    return _SECRETS.sub("", url)
 
 
 def fhir_instant(time: datetime) -> str:
