@@ -1,0 +1,34 @@
+.PHONY: setup demo test lint lock clean
+PYTHON ?= python3
+BIN := .venv/bin
+
+setup: .venv/.installed
+
+.venv/.installed: requirements.lock pyproject.toml client/pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . --editable client
+	touch $@
+
+demo: setup
+	$(BIN)/bulk-submit demo
+
+test: setup
+	$(BIN)/pytest -q -m "not chaos"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/hadolint Dockerfile
+
+lock: setup
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml client/pyproject.toml --all-extras --group pyproject.toml:dev --universal \
+	  --python-version 3.11 --generate-hashes --no-emit-package bulk-submit-client --no-annotate --no-header --quiet \
+	  --output-file requirements.lock
+
+clean:
+	rm -rf .venv build dist *.egg-info client/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
