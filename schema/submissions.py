@@ -72,6 +72,15 @@ class ManifestProgress:
     failed: int
 
 
+@dataclass(frozen=True, slots=True)
+class PollToken:
+    """What a poll token stands for, and until when. `separate_export_status`: the Prefer of its status request."""
+
+    submission: Submission
+    separate_export_status: bool
+    expires_at: datetime
+
+
 _SUBMISSION_COLUMNS = (
     submissions.c.tenant_id,
     submissions.c.id,
@@ -296,7 +305,9 @@ def mint_poll_token(
     submission: Submission,
     token_hash: bytes,
     seconds: float,
+    *,
     owner_subject: str | None,
+    separate_export_status: bool,
 ) -> None:
     """Let a token, of which only the hash is kept, stand for the submission for `seconds`."""
     connection.execute(
@@ -305,17 +316,16 @@ def mint_poll_token(
             token_hash=token_hash,
             submission_id=submission.id,
             owner_subject=owner_subject,
+            separate_export_status=separate_export_status,
             expires_at=sa.func.clock_timestamp() + sa.func.make_interval(0, 0, 0, 0, 0, 0, seconds),
         )
     )
 
 
-def resolve_poll_token(
-    connection: sa.Connection, tenant_id: int, token_hash: bytes
-) -> tuple[Submission, datetime] | None:
-    """The submission a token stands for and when the token expires; None after its deletion or expiry."""
+def resolve_poll_token(connection: sa.Connection, tenant_id: int, token_hash: bytes) -> PollToken | None:
+    """What a token stands for; None after its deletion or expiry."""
     row = connection.execute(
-        sa.select(*_SUBMISSION_COLUMNS, poll_tokens.c.expires_at)
+        sa.select(*_SUBMISSION_COLUMNS, poll_tokens.c.separate_export_status, poll_tokens.c.expires_at)
         .join(
             submissions,
             sa.and_(
@@ -332,8 +342,8 @@ def resolve_poll_token(
     if row is None:
         return None
     values = dict(row._mapping)
-    expires_at = values.pop("expires_at")
-    return Submission(**values), expires_at
+    of_token = {name: values.pop(name) for name in ("separate_export_status", "expires_at")}
+    return PollToken(Submission(**values), **of_token)
 
 
 def clear_poll_token(connection: sa.Connection, tenant_id: int, token_hash: bytes) -> bool:

@@ -339,11 +339,13 @@ poll_tokens = Table(
     Column("token_hash", BYTEA, nullable=False),
     Column("submission_id", BigInteger, nullable=False),
     Column("owner_subject", Text),
+    Column("separate_export_status", Boolean, nullable=False, server_default=sa.false()),
     _time("created_at", default=True),
     _time("expires_at"),
     sa.PrimaryKeyConstraint("tenant_id", "token_hash"),
     ForeignKeyConstraint(["tenant_id", "submission_id"], ["submissions.tenant_id", "submissions.id"]),
     Index("poll_tokens_expiry_idx", "expires_at"),
+    comment="separate_export_status: what the request preferred of its polls.",
 )
 
 lease_events = Table(

@@ -272,6 +272,7 @@ def upgrade() -> None:
         sa.Column("token_hash", postgresql.BYTEA(), nullable=False),
         sa.Column("submission_id", sa.BigInteger(), nullable=False),
         sa.Column("owner_subject", sa.Text(), nullable=True),
+        sa.Column("separate_export_status", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column(
             "created_at", sa.TIMESTAMP(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False
         ),
@@ -282,6 +283,7 @@ def upgrade() -> None:
             name=op.f("poll_tokens_tenant_id_submission_id_fkey"),
         ),
         sa.PrimaryKeyConstraint("tenant_id", "token_hash", name=op.f("poll_tokens_pkey")),
+        comment="separate_export_status: what the request preferred of its polls.",
     )
     op.create_index("poll_tokens_expiry_idx", "poll_tokens", ["expires_at"], unique=False)
     op.create_table(
