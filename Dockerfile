@@ -14,10 +14,10 @@ COPY devstack devstack
 RUN /app/bin/pip install --no-cache-dir --no-deps . ./client
 
 FROM python:3.13-slim
-RUN useradd --system --create-home --home-dir /var/lib/bulk-submit bulk-submit
+RUN useradd --uid 10001 --create-home --home-dir /var/lib/bulk-submit bulk-submit
 COPY --from=build /app /app
 ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1
-USER bulk-submit
+USER 10001
 WORKDIR /var/lib/bulk-submit
 ENTRYPOINT ["bulk-submit"]
 CMD ["--help"]

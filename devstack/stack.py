@@ -88,10 +88,8 @@ class Child:
         """End it in order; kill what does not end."""
         if self.running:
             self.process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
         self.signal(signal.SIGKILL)
 
     def tail(self) -> str:

@@ -1,0 +1,31 @@
+"""A resource as it is read: as received, with id and meta put in. No other value is decoded and encoded again."""
+
+from __future__ import annotations
+
+import msgspec
+
+from schema.resources import StoredVersion
+
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+def instant(version: StoredVersion) -> str:
+    """`meta.lastUpdated`: a FHIR instant in UTC."""
+    return version.last_updated.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def spliced(version: StoredVersion) -> msgspec.Raw:
+    """The resource with `id`, `meta.versionId` and `meta.lastUpdated`; `version` is not a deletion."""
+    assert version.body is not None
+    resource = _decode_object(version.body)
+    meta = _decode_object(resource["meta"]) if "meta" in resource else {}
+    meta["versionId"] = _raw(str(version.version))
+    meta["lastUpdated"] = _raw(instant(version))
+    first = {name: resource.pop(name) for name in ("resourceType",) if name in resource}
+    first["id"] = _raw(version.resource_id)
+    first["meta"] = _raw(meta)
+    return _raw({**first, **{name: value for name, value in resource.items() if name not in ("id", "meta")}})
+
+
+def _raw(value: object) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(value))
