@@ -61,7 +61,7 @@ async def bulk_submit_status(request: Request, context: InContext) -> Response:
                 submission,
                 token_hash(token),
                 context.settings.receipt_ttl_seconds,
-                None,
+                owner_subject=None,
                 separate_export_status=separate,
             )
 

@@ -157,35 +157,38 @@ class Stack:
         self.children.append(child)
         return child
 
-    def start_api(self) -> None:
-        """Start the API and wait until it answers."""
+    def launch_api(self) -> Callable[[], None]:
+        """Start the API; the function returned waits until it answers."""
         child = self.run("api", "api", "--port", str(self.api_port))
-        self._wait_for(child, lambda: _answers(f"{self.settings.public_url}/healthz"))
+        return lambda: self._wait_for(child, lambda: _answers(f"{self.settings.public_url}/healthz"))
 
-    def start_worker(self, name: str, *, slots: int = 1) -> Child:
-        """Start a worker node and wait until the fleet knows it."""
+    def launch_worker(self, name: str, *, slots: int = 1) -> Callable[[], None]:
+        """Start a worker node; the function returned waits until the fleet knows it."""
         child = self.run(name, "worker", "--name", name, "--slots", str(slots))
-        self._wait_for(child, lambda: self._knows(name))
-        return child
+        return lambda: self._wait_for(child, lambda: self._knows(name))
 
-    def start_sweeps(self) -> None:
+    def launch_flower(self) -> Callable[[], None]:
+        """Start Flower; the function returned waits until it answers."""
+        child = self.run("flower", "flower", "--port", str(self.flower_port))
+        return lambda: self._wait_for(child, lambda: _answers(f"{self.flower_url}/healthcheck"))
+
+    def launch_sweeps(self) -> None:
         """Start beat, and the small worker that takes nothing but sweeps."""
         self.run("sweeper", "worker", "--name", "sweeper", "--slots", "1", "--queues", "sweeps")
         self.run("beat", "beat")
 
-    def start_flower(self) -> None:
-        """Start Flower and wait until it answers."""
-        child = self.run("flower", "flower", "--port", str(self.flower_port))
-        self._wait_for(child, lambda: _answers(f"{self.flower_url}/healthcheck"))
-
     def start(self, *, workers: int = 2, flower: bool = True) -> None:
-        """Start everything."""
-        self.start_api()
-        for number in range(1, workers + 1):
-            self.start_worker(f"worker{number}")
-        self.start_sweeps()
+        """Start everything, side by side, and wait until all of it is ready."""
+        ready = [self.launch_api(), *(self.launch_worker(f"worker{number}") for number in range(1, workers + 1))]
+        self.launch_sweeps()
         if flower:
-            self.start_flower()
+            ready.append(self.launch_flower())
+        for wait in ready:
+            wait()
+
+    def child(self, name: str) -> Child:
+        """The process started last under that name."""
+        return [child for child in self.children if child.name == name][-1]
 
     def _wait_for(self, child: Child, condition: Callable[[], object]) -> None:
         ends = time.monotonic() + START_SECONDS
