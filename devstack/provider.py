@@ -1,9 +1,9 @@
 """The sample Data Provider: an HTTP/1.1 server for a directory, and the ways in which real providers fail.
 
-Serves files with strong validators, single ranges (RFC 9110 sections 13 and 14) and, where `NAME.gz` lies beside `NAME`,
-with gzip; keeps connections alive and, where no fault applies, sends bodies from file to socket in the kernel, so that a
-benchmark measures the consumer. Listens on 127.0.0.1. `python -m devstack.provider DIRECTORY` prints its URL and serves
-until SIGINT or SIGTERM.
+Serves files with strong validators, single ranges (RFC 9110 sections 13 and 14) and, where `NAME.gz` lies beside
+`NAME`, with gzip; keeps connections alive and, where no fault applies, sends bodies from file to socket in the kernel,
+so that a benchmark measures the consumer. Listens on 127.0.0.1. `python -m devstack.provider DIRECTORY` prints its URL
+and serves until SIGINT or SIGTERM.
 """
 
 from __future__ import annotations
@@ -223,16 +223,17 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are recorded, not logged."""
 
-    def do_HEAD(self) -> None:  # noqa: N802 - the base class's spelling
+    def do_HEAD(self) -> None:
         self._serve()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._serve()
 
     def _serve(self) -> None:
         path = unquote(urlsplit(self.path).path).lstrip("/")
-        faults = self.server.provider.faults.take(path, self.headers)
-        if faults and faults[-1].answers(self.headers):
+        headers: CaseInsensitiveDict[str] = CaseInsensitiveDict(self.headers.items())
+        faults = self.server.provider.faults.take(path, headers)
+        if faults and faults[-1].answers(headers):
             self._refuse(faults[-1])
             return
         file = self._open(path)

@@ -218,7 +218,7 @@ class EmbeddedPostgres(_Server):
 
     def _has_lz4(self) -> bool:
         """Whether this Postgres was built with lz4: one that was not refuses the setting."""
-        check = [self._binaries / "postgres", "-C", "wal_compression", "-c", "wal_compression=lz4"]
+        check: list[str | Path] = [self._binaries / "postgres", "-C", "wal_compression", "-c", "wal_compression=lz4"]
         return subprocess.run(check, capture_output=True, cwd="/", check=False, **self._user).returncode == 0
 
 

@@ -7,6 +7,7 @@ manifest, and answered as the first time.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -46,6 +47,7 @@ def kickoff(
     *,
     owner_subject: str | None = None,
     request_url: str | None = None,
+    ring: Callable[[Sequence[int]], None] = ring,
 ) -> KickoffResult:
     """Accept a $bulk-submit, or raise `KickoffRefused`. The call for a hand follows the commit, and may be lost."""
     if request.replaces_manifest_url is not None:
@@ -80,33 +82,45 @@ def identify(connection: sa.Connection, tenant: str, system: str, value: str) ->
 def _accept(
     connection: sa.Connection, settings: Settings, submission: Submission, request: KickoffRequest
 ) -> KickoffResult:
-    known = submissions.find_manifest(connection, submission, request.manifest_url) if request.manifest_url else None
-    digest = _digest(request)
-    if known is not None and known[1] != digest:
-        raise KickoffRefused(409, "duplicate", "this manifestUrl was submitted already, with other parameters")
-    repeated_status = request.status in (None, submission.status)
-    if submission.status != "in-progress":
-        if repeated_status and request.status and (request.manifest_url is None or known is not None):
-            return KickoffResult(
-                None, [information(f"The submission is {submission.status} already."), *request.warnings]
-            )
-        raise KickoffRefused(409, "conflict", f"the submission is {submission.status}: it takes no further requests")
     manifest_id = None
-    issues = []
-    if request.status != "stopped" and request.manifest_url is not None:
+    if request.status == "stopped":
+        issues = [_stop(connection, submission)]
+    elif request.manifest_url is None:
+        _refuse_ended(submission, repeats=request.status == submission.status)
+        issues = []
+    else:
+        digest = _digest(request)
+        known = submissions.find_manifest(connection, submission, request.manifest_url)
+        _refuse_ended(
+            submission, repeats=known is not None and known[1] == digest and request.status == submission.status
+        )
         if known is None:
             manifest_id = _add_manifest(connection, settings, submission, request, digest)
-            issues.append(information("The manifest is accepted."))
+            issues = [information("The manifest is accepted.")]
+        elif known[1] == digest:
+            issues = [information("The manifest was accepted already; this request is answered as the first.")]
         else:
-            issues.append(information("The manifest was accepted already; this request is answered as the first."))
-    if request.status in ("completed", "stopped"):
-        submissions.set_status(connection, submission, request.status)
-        if request.status == "stopped":
-            submissions.revoke(connection, submission, "stopped")
-            issues.append(information("The submission is stopped: no further data is ingested."))
-        else:
-            issues.append(information("The submission is complete: no further manifests are expected."))
+            raise KickoffRefused(409, "duplicate", "this manifestUrl was submitted already, with other parameters")
+    if request.status == "completed":
+        if submission.status != "completed":
+            submissions.set_status(connection, submission, "completed")
+        issues.append(information("The submission is complete: no further manifests are expected."))
     return KickoffResult(manifest_id, [*(issues or [information("The submission is in progress.")]), *request.warnings])
+
+
+def _refuse_ended(submission: Submission, *, repeats: bool) -> None:
+    """Raise unless the submission takes requests, or the request only repeats the one that ended it."""
+    if submission.status != "in-progress" and not repeats:
+        raise KickoffRefused(409, "conflict", f"the submission is {submission.status}: it takes no further requests")
+
+
+def _stop(connection: sa.Connection, submission: Submission) -> Issue:
+    """End the submission and its manifests; a manifest that the same request names is not fetched."""
+    _refuse_ended(submission, repeats=submission.status == "stopped")
+    if submission.status != "stopped":
+        submissions.set_status(connection, submission, "stopped")
+        submissions.revoke(connection, submission, "stopped")
+    return information("The submission is stopped: no further data is ingested.")
 
 
 def _add_manifest(

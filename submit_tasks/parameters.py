@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 from submit_tasks.outcomes import Issue
@@ -32,11 +32,14 @@ MAX_TEXT = 256
 MAX_URL = 4096
 MAX_VALUE = 16_384
 
+_NOT_STORED = re.compile("[\0\ud800-\udfff]")
 _FHIR_VERSION = re.compile(r";\s*fhirVersion=([0-9.]+)\s*$", re.IGNORECASE)
 
 
 class InvalidRequest(Exception):  # noqa: N818
-    """The request is not what the operation takes (HTTP 400). `issues` name every fault and its place."""
+    """The request is not what the operation takes; the submitter mends it. `issues` name every fault and its place."""
+
+    status = 400
 
     def __init__(self, issues: Sequence[Issue]) -> None:
         super().__init__("; ".join(issue.text for issue in issues))
@@ -92,6 +95,8 @@ class _Parameters:
         self.issues: list[Issue] = []
         self.warnings: list[Issue] = []
         self._values: dict[str, list[Any]] = {name: [] for name in known}
+        self._given: set[str] = set()
+        self.readable = False
         if not isinstance(body, dict):
             self.fault("the body is not a JSON object", "Parameters")
         elif body.get("resourceType") != "Parameters":
@@ -99,6 +104,7 @@ class _Parameters:
         elif not isinstance(body.get("parameter", []), list):
             self.fault("parameter is not an array", "Parameters.parameter")
         else:
+            self.readable = True
             for index, parameter in enumerate(body.get("parameter", [])):
                 self._take(parameter, f"Parameters.parameter[{index}]", known, aliases)
 
@@ -116,12 +122,12 @@ class _Parameters:
             self.fault(f"the parameter {name[:64]!r} is not known here", f"{place}.name", code="not-supported")
             return
         repeats, reading = known[name]
-        value = reading(self, _Named(parameter, place))
-        if value is None:
-            return
-        if self._values[name] and not repeats:
+        if name in self._given and not repeats:
             self.fault(f"{name} may be given once only", place)
-        self._values[name].append(value)
+        self._given.add(name)
+        value = reading(self, _Named(parameter, place))
+        if value is not None:
+            self._values[name].append(value)
 
     def fault(self, text: str, place: str, *, code: str = "invalid") -> None:
         self.issues.append(Issue("error", code, text, expression=[place]))
@@ -133,11 +139,13 @@ class _Parameters:
         values = self._values[name]
         return values[0] if values else None
 
-    def required(self, name: str) -> Any:
-        value = self.one(name)
-        if value is None and not any(name in issue.text for issue in self.issues):
-            self.fault(f"{name} is missing", "Parameters.parameter", code="required")
-        return value
+    def require(self, *names: str, because: str = "is missing") -> None:
+        """A fault unless one of `names` is given; one that is given and wrong has its own."""
+        if not self._given.intersection(names):
+            self.fault(f"{' or '.join(names)} {because}", "Parameters.parameter", code="required")
+
+    def given(self, name: str) -> bool:
+        return name in self._given
 
     def all(self, name: str) -> list[Any]:
         return self._values[name]
@@ -150,7 +158,7 @@ class _Parameters:
             return None
         value = named.body[found[0]]
         place = f"{named.place}.{found[0]}"
-        if not isinstance(value, str) or not value.strip() or "\0" in value:
+        if not _is_text(value):
             self.fault(f"{named.body['name']} is not a text", place)
             return None
         if len(value) > longest:
@@ -177,6 +185,11 @@ class _Parameters:
         return found
 
 
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Whether it is a string that says something and can be stored: no NUL, no half of a surrogate pair."""
+    return isinstance(value, str) and bool(value.strip()) and not _NOT_STORED.search(value)
+
+
 def _string(reader: _Parameters, named: _Named) -> str | None:
     return reader.text(named, ["valueString"], MAX_TEXT)
 
@@ -195,7 +208,7 @@ def _url(reader: _Parameters, named: _Named) -> str | None:
 def _identifier(reader: _Parameters, named: _Named) -> tuple[str, str] | None:
     identifier = named.body.get("valueIdentifier")
     values = [identifier.get(key) for key in ("system", "value")] if isinstance(identifier, dict) else []
-    texts = [value for value in values if isinstance(value, str) and 0 < len(value) <= MAX_URL and "\0" not in value]
+    texts = [value for value in values if _is_text(value) and len(value) <= MAX_URL]
     if len(texts) != 2:
         reader.fault("submitter takes a valueIdentifier with system and value", named.place)
         return None
@@ -335,25 +348,22 @@ _STATUS: dict[str, tuple[bool, Reading]] = {
 def parse_kickoff(body: Any) -> KickoffRequest:
     """Read the Parameters of $bulk-submit (any JSON value); raises `InvalidRequest`."""
     reader = _Parameters(body, _KICKOFF, _KICKOFF_ALIASES)
-    if reader.issues and not isinstance(body, dict):
-        raise InvalidRequest(reader.issues)
-    submitter = reader.required("submitter")
-    submission_id = reader.required("submissionId")
-    status, manifest_url = reader.one("submissionStatus"), reader.one("manifestUrl")
-    if not reader.issues:
-        if status is None and manifest_url is None:
-            reader.fault("submissionStatus or manifestUrl is required", "Parameters.parameter", code="required")
-        if manifest_url is not None and reader.one("fhirBaseUrl") is None:
-            reader.fault("fhirBaseUrl is required with manifestUrl", "Parameters.parameter", code="required")
+    if reader.readable:
+        reader.require("submitter")
+        reader.require("submissionId")
+        reader.require("submissionStatus", "manifestUrl", because="is required")
+        if reader.given("manifestUrl"):
+            reader.require("fhirBaseUrl", because="is required with manifestUrl")
     if reader.issues:
         raise InvalidRequest(reader.issues)
+    submitter = reader.one("submitter")
     output_format, fhir_version = reader.one("outputFormat") or (None, None)
     return KickoffRequest(
         system=submitter[0],
         value=submitter[1],
-        submission_id=submission_id,
-        status=status,
-        manifest_url=manifest_url,
+        submission_id=reader.one("submissionId"),
+        status=reader.one("submissionStatus"),
+        manifest_url=reader.one("manifestUrl"),
         replaces_manifest_url=reader.one("replacesManifestUrl"),
         fhir_base_url=reader.one("fhirBaseUrl"),
         output_format=output_format,
@@ -370,9 +380,10 @@ def parse_kickoff(body: Any) -> KickoffRequest:
 def parse_status(body: Any) -> StatusRequest:
     """Read the Parameters of $bulk-submit-status (any JSON value); raises `InvalidRequest`."""
     reader = _Parameters(body, _STATUS, {"outputFormat": "_outputFormat"})
-    if isinstance(body, dict):
-        submitter = reader.required("submitter")
-        submission_id = reader.required("submissionId")
+    if reader.readable:
+        reader.require("submitter")
+        reader.require("submissionId")
     if reader.issues:
         raise InvalidRequest(reader.issues)
-    return StatusRequest(submitter[0], submitter[1], submission_id, reader.warnings)
+    submitter = reader.one("submitter")
+    return StatusRequest(submitter[0], submitter[1], reader.one("submissionId"), reader.warnings)
