@@ -44,8 +44,11 @@ def up(workers: Annotated[int, typer.Option(help="Worker nodes, one slot each.")
 def bench(
     resources: Annotated[int, typer.Option(help="How many resources to ingest.")] = 200_000,
     workers: Annotated[str, typer.Option(help="Numbers of workers to try, comma separated.")] = "1,2",
+    lines_per_file: Annotated[int, typer.Option(help="Lines in one file, at most.")] = 20_000,
+    repeat: Annotated[int, typer.Option(help="Runs of each kind; the medians are shown.")] = 3,
 ) -> None:
     """Measure ingest, HTTP to commit, beside raw binary COPY of the same rows in the same run."""
     from devstack.benchmark import run
 
-    run(console, resources=resources, workers=[int(number) for number in workers.split(",")])
+    numbers = [int(number) for number in workers.split(",")]
+    run(console, resources=resources, workers=numbers, lines_per_file=lines_per_file, repeat=repeat)
