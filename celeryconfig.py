@@ -26,6 +26,9 @@ broker_transport_options = {
     "socket_keepalive": True,
     "health_check_interval": 10,
     "visibility_timeout": 3600,
+    "max_retries": 1,
+    "interval_start": 0,
+    "interval_step": 0.1,
 }
 
 task_serializer = "json"

@@ -1,7 +1,7 @@
 """Everything an operator can set, read from the environment (prefix ``BULK_SUBMIT_``).
 
 One frozen object, `settings()`, cached per process. Durations are seconds, sizes are bytes. Secrets are
-`SecretStr`, so that printing the settings never prints them.
+`SecretStr`, and URLs that may hold one are left out, so that printing the settings never prints them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ MEBIBYTE = 1024 * 1024
 class Settings(BaseSettings):
     """The environment's answers, checked once at start-up."""
 
-    model_config = SettingsConfigDict(env_prefix="BULK_SUBMIT_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="BULK_SUBMIT_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     database_url: str = Field(
         "postgresql://postgres@127.0.0.1:5432/postgres",
+        repr=False,
         description="libpq URL of the Postgres (15 or later) that holds the store and every lease.",
     )
     broker_url: str = Field(
         "redis://127.0.0.1:6379/0",
+        repr=False,
         description="Redis or Valkey URL of the Celery broker. Holds nothing that matters.",
     )
     artifact_store_url: str = Field(
@@ -56,7 +58,7 @@ class Settings(BaseSettings):
     slice_seconds: float = Field(30.0, gt=0, description="How long a hand goes on before it lets others have a turn.")
     max_attempts: int = Field(5, ge=1, description="Claims of a step without progress before it fails.")
     retry_delay_seconds: float = Field(2.0, gt=0, description="Delay before the second attempt; doubles each time.")
-    retry_delay_cap_seconds: float = Field(300.0, gt=0)
+    retry_delay_cap_seconds: float = Field(300.0, gt=0, description="Longest delay between attempts.")
     sweep_seconds: float = Field(5.0, gt=0, description="Period of the sweeps that beat schedules.")
 
     batch_lines: int = Field(4000, ge=1, description="Lines in one transaction.")
@@ -64,11 +66,11 @@ class Settings(BaseSettings):
     max_line_bytes: int = Field(16 * MEBIBYTE, ge=1024, description="A longer line is an error of that line.")
     max_file_bytes: int = Field(1 << 40, ge=1, description="Decoded bytes of one file.")
     max_manifest_bytes: int = Field(64 * MEBIBYTE, ge=1, description="Decoded bytes of one manifest page.")
-    max_manifest_pages: int = Field(1000, ge=1)
-    max_manifest_files: int = Field(100_000, ge=1)
+    max_manifest_pages: int = Field(1000, ge=1, description="Pages that one manifest may link together.")
+    max_manifest_files: int = Field(100_000, ge=1, description="Files on all pages of one manifest.")
     max_compression_ratio: int = Field(200, ge=2, description="Decoded over received bytes, past the first 16 MiB.")
 
-    connect_timeout_seconds: float = Field(10.0, gt=0)
+    connect_timeout_seconds: float = Field(10.0, gt=0, description="For a connection to a provider.")
     read_timeout_seconds: float = Field(
         30.0, gt=0, description="Longest silence of a provider in the middle of a body."
     )

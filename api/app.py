@@ -29,11 +29,20 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         app.state.engine.dispose()
 
-    app = FastAPI(title="Bulk Submit Data Consumer", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="Bulk Submit Data Consumer",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
     errors.install(app)
 
     @app.exception_handler(RequestValidationError)
     def _not_understood(_: object, error: RequestValidationError) -> Response:
+        if any(item["loc"][0] == "path" for item in error.errors()):
+            return errors.outcome_response([Issue("error", "not-found", errors.NOTHING_HERE)], status=404)
         names = ", ".join(str(item["loc"][-1]) for item in error.errors())
         return errors.outcome_response([Issue("error", "invalid", f"not understood: {names}")], status=400)
 

@@ -20,6 +20,7 @@ router = APIRouter()
 @router.get("/metadata")
 def metadata(context: InContext) -> Response:
     """The CapabilityStatement."""
+    context.require_tenant()
     operations = [
         {"name": name, "definition": f"{IG}/OperationDefinition/{name}"}
         for name in ("bulk-submit", "bulk-submit-status")
@@ -41,6 +42,7 @@ def metadata(context: InContext) -> Response:
 @router.get("/.well-known/jwks.json")
 def jwks(context: InContext) -> Response:
     """Our public keys (RFC 7517)."""
+    context.require_tenant()
     private = context.settings.private_jwks.get_secret_value()
     public = json.loads(JWKSet.from_json(private).export(private_keys=False)) if private else {"keys": []}
     return json_response(public, media_type="application/json", headers={"Cache-Control": "max-age=300"})

@@ -35,8 +35,15 @@ class Context:
             raise Refusal(404, "there is no such tenant")
         return tenant_id
 
+    def require_tenant(self) -> None:
+        """Raise a `Refusal` (404) if there is no tenant of that name."""
+        with self.engine.begin() as connection:
+            self.tenant_id(connection)
+
 
 def _context(request: Request, tenant: str) -> Context:
+    if "\0" in tenant:
+        raise Refusal(404, "there is no such tenant")
     state = request.app.state
     return Context(
         cast("Settings", state.settings), cast("sa.Engine", state.engine), cast("ArtifactStore", state.store), tenant

@@ -19,7 +19,8 @@ log = structlog.get_logger(__name__)
 
 FHIR_JSON = "application/fhir+json"
 _CODES = {404: "not-found", 405: "not-supported", 410: "deleted", 413: "too-costly", 415: "not-supported"}
-_TEXTS = {404: "there is nothing under this URL", 405: "this URL does not take that method"}
+NOTHING_HERE = "there is nothing under this URL"
+_TEXTS = {404: NOTHING_HERE, 405: "this URL does not take that method"}
 
 
 class Refusal(Exception):  # noqa: N818

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import StreamingResponse
 
 from api.context import InContext
 from api.errors import Refusal
 from api.status import resolve
 from schema import artifacts
+from workers.artifact_store import ArtifactMissingError, ArtifactStoreError
 from workers.fetch.gunzip import gunzip
 
 CHUNK = 1024 * 1024
@@ -20,7 +21,9 @@ router = APIRouter()
 
 
 @router.api_route("/bulk-status/{token}/files/{artifact_id}", methods=["GET", "HEAD"])
-def receipt(token: str, artifact_id: int, request: Request, context: InContext) -> Response:
+def receipt(
+    token: str, artifact_id: Annotated[int, Path(ge=1, lt=2**63)], request: Request, context: InContext
+) -> Response:
     """One receipt of the submission that the token stands for."""
     with context.engine.begin() as connection:
         submission = resolve(connection, context, token).submission
@@ -35,7 +38,12 @@ def receipt(token: str, artifact_id: int, request: Request, context: InContext) 
     media_type = MEDIA_TYPES.get(artifact.type, "application/fhir+ndjson")
     if request.method == "HEAD":
         return Response(headers=headers, media_type=media_type)
-    stored: Iterator[bytes] = iter(context.store.read(artifact.path))
+    try:
+        stored = context.store.read(artifact.path)
+    except ArtifactMissingError as error:
+        raise Refusal(404, "there is no such file any more") from error
+    except ArtifactStoreError as error:
+        raise Refusal(503, "the file cannot be had just now", code="transient") from error
     body = stored if "Content-Encoding" in headers else gunzip(stored, CHUNK)
     return StreamingResponse(body, headers=headers, media_type=media_type)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
 from api.context import Context, InContext
 from api.errors import Refusal, outcome_response
@@ -16,16 +16,12 @@ from schema import submissions
 from submit_tasks.kickoff import identify, kickoff
 from submit_tasks.outcomes import information
 from submit_tasks.parameters import parse_kickoff, parse_status
+from submit_tasks.status import token_hash
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 JSON_TYPES = {"application/fhir+json", "application/json", "application/json+fhir"}
 
 router = APIRouter()
-
-
-def token_hash(token: str) -> bytes:
-    """What is kept of a poll token."""
-    return hashlib.sha256(token.encode()).digest()
 
 
 @router.post("/$bulk-submit")
@@ -83,10 +79,13 @@ async def _json_body(request: Request) -> Any:
     if media_type not in JSON_TYPES:
         raise Refusal(415, "the body must be application/fhir+json")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise Refusal(413, f"the body has more than {MAX_BODY_BYTES:,} bytes")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise Refusal(413, f"the body has more than {MAX_BODY_BYTES:,} bytes")
+    except ClientDisconnect as error:
+        raise Refusal(400, "the body ended early", code="incomplete") from error
     try:
         return msgspec.json.decode(bytes(body))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -48,7 +48,10 @@ def free_port() -> int:
 
 
 def end_with_parent() -> None:
-    """Runs in the child: when the parent dies, by whatever signal, the kernel interrupts the child."""
+    """Runs in the child: when the parent dies, by whatever signal, the kernel interrupts the child.
+
+    To the kernel, the parent is the thread that started the child: start from one that lasts.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
 
@@ -91,7 +94,11 @@ class _Server(ABC):
         return self._process is not None and self._process.poll() is None
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

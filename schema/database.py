@@ -25,25 +25,31 @@ def driver_url(database_url: str) -> sa.URL:
     return sa.make_url(database_url).set(drivername="postgresql+psycopg")
 
 
-def create_engine(settings: Settings, *, application: str, pooled: bool) -> sa.Engine:
+def create_engine(
+    settings: Settings, *, application: str, pooled: bool, answer_within: float | None = None
+) -> sa.Engine:
     """An engine for one process.
 
     `application` is shown in `pg_stat_activity`. `pooled` suits a server with many short requests; a worker keeps its
-    two connections itself. An engine must not cross a fork: make it after.
+    two connections itself. `answer_within`, in seconds, ends what takes longer: connecting, a statement, a network that
+    acknowledges nothing. An engine must not cross a fork: make it after.
     """
+    connect_seconds = min(settings.connect_timeout_seconds, answer_within or settings.connect_timeout_seconds)
+    statement_milliseconds = int(1000 * (answer_within or 0))
     options: dict[str, Any] = (
         {"pool_size": 10, "max_overflow": 20, "pool_pre_ping": True} if pooled else {"poolclass": NullPool}
     )
     return sa.create_engine(
         driver_url(settings.database_url),
+        hide_parameters=True,  # an error's message may be logged; what a submitter sent may not
         connect_args={
             "application_name": application,
-            "connect_timeout": int(settings.connect_timeout_seconds) or 1,
+            "connect_timeout": max(int(connect_seconds), 1),
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
-            "tcp_user_timeout": 30_000,
-            "options": f"-c lock_timeout={LOCK_TIMEOUT_SECONDS}s "
+            "tcp_user_timeout": statement_milliseconds or 30_000,
+            "options": f"-c lock_timeout={LOCK_TIMEOUT_SECONDS}s -c statement_timeout={statement_milliseconds}ms "
             f"-c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_SECONDS}s -c TimeZone=UTC",
         },
         **options,

@@ -15,7 +15,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from schema.leases import Lease, enter, finish, hold_manifest, renew
+from schema.leases import Lease, enter, finish, hold_manifest, hold_step
 from schema.tables import artifacts, fetch_parameters, manifest_files, manifests, steps
 
 
@@ -161,7 +161,8 @@ def note_validator(connection: sa.Connection, lease: Lease, validator: str | Non
             .where(manifest_files.c.tenant_id == lease.tenant_id, manifest_files.c.id == lease.file_id)
             .values(validator=validator)
         )
-        renew(connection, lease, seconds=60)
+        hold_manifest(connection, lease)
+        hold_step(connection, lease)
 
 
 def finish_file(connection: sa.Connection, lease: Lease, problems: Sequence[Problem]) -> None:

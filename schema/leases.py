@@ -36,6 +36,10 @@ class LeaseLost(Exception):  # noqa: N818 - the field's term
     """The step is no longer this worker's: claimed by another, withdrawn, or ended. Stop, write nothing more."""
 
 
+class WriteRefused(LeaseLost):
+    """The same, found out by a write: the transaction rolls back, and nothing of it stays."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """One claim of one step, as it was when it was claimed. `attempts` counts claims since the cursor last moved."""
@@ -100,7 +104,9 @@ ORDER BY held.leased / t.weight, due.manifest_id = :hint DESC, due.manifest_id
 
 # The tenant's oldest due step. Both rows are locked, so that both are looked at again if somebody changed them
 # meanwhile: a step of a manifest that was just stopped is not claimed. Nothing waits for a locked step.
-# MATERIALIZED, because a plan that ran the LIMIT once per outer row would claim several.
+# MATERIALIZED, because a plan that ran the LIMIT once per outer row would claim several. A second claim in a row
+# without progress sets the time of the third in advance, in case this one dies without a word: it is due once the lease
+# has run out and a delay has passed, which doubles.
 _CLAIM = sa.text("""
 WITH due AS MATERIALIZED (
     SELECT c.id, c.worker_id
@@ -118,7 +124,9 @@ UPDATE steps s
 SET worker_id = :worker_id,
     lease_expires_at = clock_timestamp() + make_interval(secs => :seconds),
     fencing_token = s.fencing_token + 1,
-    attempts = s.attempts + 1
+    attempts = s.attempts + 1,
+    ready_at = CASE WHEN s.attempts = 0 THEN s.ready_at ELSE clock_timestamp()
+        + make_interval(secs => :seconds + least(:retry_delay * 2 ^ least(s.attempts - 1, 60), :retry_delay_cap)) END
 FROM due
 WHERE s.tenant_id = :tenant_id AND s.id = due.id
 RETURNING s.tenant_id, s.id AS step_id, s.manifest_id, s.file_id, s.kind, s.worker_id, s.fencing_token, s.attempts,
@@ -144,12 +152,14 @@ RETURNING m.status NOT IN ('pending', 'processing') AS cancelled, coalesce(w.dra
 
 _ENTER = sa.text("SELECT pg_advisory_xact_lock(:step_id)")
 
+# The cast matters: the driver sends a small id as int2 or int4, and shifting those by 32 bits leaves them as they are.
 _EVICT = sa.text("""
 SELECT pid, pg_terminate_backend(pid) AS ended
 FROM pg_locks
 WHERE locktype = 'advisory' AND objsubid = 1
   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-  AND classid::bigint = (:step_id >> 32) AND objid::bigint = (:step_id & 4294967295)
+  AND classid::bigint = (CAST(:step_id AS bigint) >> 32)
+  AND objid::bigint = (CAST(:step_id AS bigint) & 4294967295)
   AND pid <> pg_backend_pid()
 """)
 
@@ -177,7 +187,7 @@ FOR NO KEY UPDATE
 # The fence. Zero rows: somebody else holds the step, it has ended, or this batch is not the next one.
 _FENCE = sa.text("""
 UPDATE steps
-SET cursor_bytes = :end_byte, cursor_lines = :end_line, attempts = 0,
+SET cursor_bytes = :end_byte, cursor_lines = :end_line, attempts = 0, ready_at = clock_timestamp(),
     lease_expires_at = clock_timestamp() + make_interval(secs => :seconds),
     created = created + :created, updated = updated + :updated, unchanged = unchanged + :unchanged,
     affirmed = affirmed + :affirmed, failed = failed + :failed, skipped = skipped + :skipped
@@ -200,13 +210,14 @@ WHERE tenant_id = :tenant_id AND id = :step_id
   AND fencing_token = :fencing_token AND worker_id = :worker_id AND state = 'ready'
 """)
 
-# After a COMMIT whose answer was lost. FOR UPDATE waits for a COMMIT still under way; a plain read would not.
-_READ_CURSOR = sa.text("""
+_READ_STEP = sa.text("""
 SELECT cursor_bytes FROM steps
 WHERE tenant_id = :tenant_id AND id = :step_id
   AND fencing_token = :fencing_token AND worker_id = :worker_id AND state = 'ready'
-FOR UPDATE
 """)
+
+# FOR UPDATE waits for a COMMIT still under way; a plain read does not.
+_HOLD_STEP = sa.text(f"{_READ_STEP.text}FOR UPDATE")
 
 # Leases that ran out, whether or not their rows are locked: what to evict before anything else.
 _EXPIRED = sa.text("""
@@ -264,19 +275,33 @@ def record_event(connection: sa.Connection, lease: Lease, event: str, reason: st
     connection.execute(lease_events.insert().values(**_name(lease), event=event, reason=reason))
 
 
-def claim_next(connection: sa.Connection, worker_id: str, seconds: float, hint: int) -> Lease | None:
+def claim_next(
+    connection: sa.Connection,
+    worker_id: str,
+    seconds: float,
+    hint: int,
+    *,
+    retry_delay: float = 0.0,
+    retry_delay_cap: float = 0.0,
+) -> Lease | None:
     """Claim the fairest step that is due, or None when nothing is. Commits.
 
     Tenants go by their share of leased steps over their weight; `hint` (a manifest id) breaks ties among them. Within a
-    tenant the oldest manifest goes first. The sessions of a holder whose lease ran out are ended.
+    tenant the oldest manifest goes first. The sessions of a holder whose lease ran out are ended. A step whose holders
+    die one after the other, without progress, is due again after `retry_delay` seconds, doubled each time, at most
+    `retry_delay_cap`.
     """
+    claim = {
+        "worker_id": worker_id,
+        "seconds": seconds,
+        "retry_delay": retry_delay,
+        "retry_delay_cap": retry_delay_cap,
+    }
     with connection.begin():
         tenants = connection.execute(_RANK_TENANTS, {"hint": hint}).scalars().all()
     for tenant_id in tenants:
         with connection.begin():
-            row = connection.execute(
-                _CLAIM, {"tenant_id": tenant_id, "worker_id": worker_id, "seconds": seconds}
-            ).one_or_none()
+            row = connection.execute(_CLAIM, {**claim, "tenant_id": tenant_id}).one_or_none()
             if row is None:
                 continue
             lease = Lease(**row._mapping)
@@ -296,7 +321,7 @@ def renew(connection: sa.Connection, lease: Lease, seconds: float) -> Orders:
     """
     row = connection.execute(_RENEW, {**_name(lease), "seconds": seconds}).one_or_none()
     if row is None:
-        raise LeaseLost
+        raise LeaseLost("the lease was not renewed: it is another's, or the step has ended")
     return Orders(cancelled=row.cancelled, drain=row.drain)
 
 
@@ -312,27 +337,38 @@ def evict(connection: sa.Connection, step_id: int) -> int:
 
 
 def hold_manifest(connection: sa.Connection, lease: Lease, *, alone: bool = False) -> None:
-    """Keep the manifest as it is until this transaction ends; raises `LeaseLost` unless it is live.
+    """Keep the manifest as it is until this transaction ends; raises `WriteRefused` unless it is live.
 
     `alone` also keeps other commits of the same manifest out: the one who finishes sees what the others finished.
     """
     statement = _HOLD_MANIFEST_ALONE if alone else _HOLD_MANIFEST
     if connection.execute(statement, _name(lease)).one_or_none() is None:
-        raise LeaseLost
+        raise WriteRefused("the manifest is not live any more")
+
+
+def hold_step(connection: sa.Connection, lease: Lease) -> int:
+    """Keep the step under this lease until the transaction ends; returns its cursor in bytes. Raises `WriteRefused`.
+
+    The fence of a transaction that moves no cursor and renews nothing.
+    """
+    row = connection.execute(_HOLD_STEP, _name(lease)).one_or_none()
+    if row is None:
+        raise WriteRefused("the lease is another's, or the step has ended")
+    return int(row.cursor_bytes)
 
 
 def fence(connection: sa.Connection, lease: Lease, progress: Progress, seconds: float) -> None:
-    """The last statement of a batch: move the cursor and the counts, renew the lease; raises `LeaseLost`."""
+    """The last statement of a batch: move the cursor and the counts, renew the lease; raises `WriteRefused`."""
     values = {name: getattr(progress, name) for name in Progress.__slots__}
     parameters = {**_name(lease), **values, "generation": lease.generation, "seconds": seconds}
     if connection.execute(_FENCE, parameters).rowcount != 1:
-        raise LeaseLost
+        raise WriteRefused("the lease is another's, or the cursor stands elsewhere")
 
 
 def finish(connection: sa.Connection, lease: Lease, state: str, reason: str | None = None) -> None:
-    """End the step as `done` or `failed` and give up its lease; raises `LeaseLost`."""
+    """End the step as `done` or `failed` and give up its lease; raises `WriteRefused`."""
     if connection.execute(_FINISH, {**_name(lease), "state": state}).rowcount != 1:
-        raise LeaseLost
+        raise WriteRefused("the lease is another's, or the step has ended")
     record_event(connection, lease, "finished" if state == "done" else "failed", reason)
 
 
@@ -351,14 +387,15 @@ def release(connection: sa.Connection, lease: Lease, *, delay: float, give_back:
 def cursor_after_lost_commit(connection: sa.Connection, lease: Lease) -> int:
     """Where the cursor stands once no commit of this lease can be under way any more. Raises `LeaseLost`.
 
-    To be called on a new connection: the old session is ended first, then the row is read under its lock.
+    To be called on a new connection: the old session is ended first, then the row is read under its lock. Whose lease
+    is lost ends nobody's session: it would be the new holder's.
     """
+    with connection.begin():
+        if connection.execute(_READ_STEP, _name(lease)).one_or_none() is None:
+            raise LeaseLost("the lease is another's, or the step has ended")
     evict(connection, lease.step_id)
     with connection.begin():
-        row = connection.execute(_READ_CURSOR, _name(lease)).one_or_none()
-    if row is None:
-        raise LeaseLost
-    return int(row.cursor_bytes)
+        return hold_step(connection, lease)
 
 
 def expire(connection: sa.Connection, limit: int) -> list[int]:

@@ -23,12 +23,16 @@ from workers.seals import NoSealingKey, Secrets, seal
 
 
 class KickoffRefused(Exception):  # noqa: N818
-    """The request is understood and not accepted; nothing was changed. `status` is HTTP's, `issues` say why."""
+    """The request is understood and not accepted; nothing was changed. `status` is HTTP's, `issues` say why.
 
-    def __init__(self, status: int, code: str, text: str) -> None:
+    `parameter` names the one that is to blame.
+    """
+
+    def __init__(self, status: int, code: str, text: str, parameter: str | None = None) -> None:
         super().__init__(text)
         self.status = status
-        self.issues = [Issue("error", code, text)]
+        places = [] if parameter is None else [f"Parameters.parameter.where(name='{parameter}')"]
+        self.issues = [Issue("error", code, text, expression=places)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,9 @@ def kickoff(
 ) -> KickoffResult:
     """Accept a $bulk-submit, or raise `KickoffRefused`. The call for a hand follows the commit, and may be lost."""
     if request.replaces_manifest_url is not None:
-        raise KickoffRefused(422, "not-supported", "replacesManifestUrl is not supported by this server yet")
+        raise KickoffRefused(
+            422, "not-supported", "replacesManifestUrl is not supported by this server yet", "replacesManifestUrl"
+        )
     with engine.begin() as connection:
         tenant_id, submitter_id = identify(connection, tenant, request.system, request.value)
         submission = submissions.hold_submission(
@@ -75,7 +81,7 @@ def identify(connection: sa.Connection, tenant: str, system: str, value: str) ->
         raise KickoffRefused(404, "not-found", "there is no such tenant")
     submitter_id = submissions.find_submitter(connection, tenant_id, system, value)
     if submitter_id is None:
-        raise KickoffRefused(403, "forbidden", "the submitter is not registered here")
+        raise KickoffRefused(403, "forbidden", "the submitter is not registered here", "submitter")
     return tenant_id, submitter_id
 
 
@@ -100,7 +106,9 @@ def _accept(
         elif known[1] == digest:
             issues = [information("The manifest was accepted already; this request is answered as the first.")]
         else:
-            raise KickoffRefused(409, "duplicate", "this manifestUrl was submitted already, with other parameters")
+            raise KickoffRefused(
+                409, "duplicate", "this manifestUrl was submitted already, with other parameters", "manifestUrl"
+            )
     if request.status == "completed":
         if submission.status != "completed":
             submissions.set_status(connection, submission, "completed")
@@ -111,7 +119,9 @@ def _accept(
 def _refuse_ended(submission: Submission, *, repeats: bool) -> None:
     """Raise unless the submission takes requests, or the request only repeats the one that ended it."""
     if submission.status != "in-progress" and not repeats:
-        raise KickoffRefused(409, "conflict", f"the submission is {submission.status}: it takes no further requests")
+        raise KickoffRefused(
+            409, "conflict", f"the submission is {submission.status}: it takes no further requests", "submissionId"
+        )
 
 
 def _stop(connection: sa.Connection, submission: Submission) -> Issue:
@@ -129,14 +139,20 @@ def _add_manifest(
     if request.fhir_version is not None:
         if submission.fhir_version not in (None, request.fhir_version):
             raise KickoffRefused(
-                422, "business-rule", f"the submission's manifests are of FHIR version {submission.fhir_version}"
+                422,
+                "business-rule",
+                f"the submission's manifests are of FHIR version {submission.fhir_version}",
+                "outputFormat",
             )
         submissions.set_fhir_version(connection, submission, request.fhir_version)
     try:
         sealed = seal(settings, Secrets(request.headers, request.file_encryption_key))
     except NoSealingKey as error:
         raise KickoffRefused(
-            422, "not-supported", "this server is not set up to keep request headers and keys in confidence"
+            422,
+            "not-supported",
+            "this server is not set up to keep request headers and keys in confidence",
+            "fileRequestHeader",
         ) from error
     return submissions.add_manifest(
         connection,

@@ -7,6 +7,7 @@ strings.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +30,10 @@ STATUSES = {
 NDJSON_FORMATS = {"application/fhir+ndjson", "application/ndjson", "ndjson"}
 FHIR_VERSIONS = {"4.0", "4.3", "5.0"}
 MAX_TEXT = 256
-MAX_URL = 4096
+MAX_URL = 2048  # the manifest's is part of a key in the database
 MAX_VALUE = 16_384
+MAX_ISSUES = 100
+SECRET_MEMBERS = frozenset({"headers", "file_encryption_key", "manifest_url"})
 
 _NOT_STORED = re.compile("[\0\ud800-\udfff]")
 _FHIR_VERSION = re.compile(r";\s*fhirVersion=([0-9.]+)\s*$", re.IGNORECASE)
@@ -106,11 +109,10 @@ class _Parameters:
         else:
             self.readable = True
             for index, parameter in enumerate(body.get("parameter", [])):
-                self._take(parameter, f"Parameters.parameter[{index}]", known, aliases)
+                self.take(parameter, f"Parameters.parameter[{index}]", known, aliases)
 
-    def _take(
-        self, parameter: Any, place: str, known: dict[str, tuple[bool, Reading]], aliases: dict[str, str]
-    ) -> None:
+    def take(self, parameter: Any, place: str, known: dict[str, tuple[bool, Reading]], aliases: dict[str, str]) -> None:
+        """Read one parameter, which stands at `place`."""
         name = parameter.get("name") if isinstance(parameter, dict) else None
         if not isinstance(name, str):
             self.fault("the parameter has no name", f"{place}.name")
@@ -130,10 +132,14 @@ class _Parameters:
             self._values[name].append(value)
 
     def fault(self, text: str, place: str, *, code: str = "invalid") -> None:
-        self.issues.append(Issue("error", code, text, expression=[place]))
+        if len(self.issues) < MAX_ISSUES:
+            self.issues.append(Issue("error", code, text, expression=[place]))
+        elif len(self.issues) == MAX_ISSUES:
+            self.issues.append(Issue("error", "too-costly", "there are more faults than are told here"))
 
     def warn(self, text: str, place: str) -> None:
-        self.warnings.append(Issue("warning", "informational", text, expression=[place]))
+        if len(self.warnings) < MAX_ISSUES:
+            self.warnings.append(Issue("warning", "informational", text, expression=[place]))
 
     def one(self, name: str) -> Any:
         values = self._values[name]
@@ -151,7 +157,7 @@ class _Parameters:
         return self._values[name]
 
     def text(self, named: _Named, kinds: Sequence[str], longest: int) -> str | None:
-        """A non-empty string under the first of `kinds`; the other kinds are accepted with a warning."""
+        """A non-empty string, `longest` in bytes, under the first of `kinds`; the others are taken with a warning."""
         found = [key for key in named.body if key.startswith("value")]
         if len(found) != 1 or found[0] not in kinds:
             self.fault(f"{named.body['name']} takes one {kinds[0]}", named.place)
@@ -161,8 +167,8 @@ class _Parameters:
         if not _is_text(value):
             self.fault(f"{named.body['name']} is not a text", place)
             return None
-        if len(value) > longest:
-            self.fault(f"{named.body['name']} is longer than {longest} characters", place)
+        if len(value.encode()) > longest:
+            self.fault(f"{named.body['name']} is longer than {longest} bytes", place)
             return None
         if found[0] != kinds[0]:
             self.warn(f"{found[0]} is accepted for {kinds[0]}", place)
@@ -208,7 +214,7 @@ def _url(reader: _Parameters, named: _Named) -> str | None:
 def _identifier(reader: _Parameters, named: _Named) -> tuple[str, str] | None:
     identifier = named.body.get("valueIdentifier")
     values = [identifier.get(key) for key in ("system", "value")] if isinstance(identifier, dict) else []
-    texts = [value for value in values if _is_text(value) and len(value) <= MAX_URL]
+    texts = [value for value in values if _is_text(value) and len(value.encode()) <= MAX_URL]
     if len(texts) != 2:
         reader.fault("submitter takes a valueIdentifier with system and value", named.place)
         return None
@@ -287,8 +293,18 @@ def _file_encryption_key(reader: _Parameters, named: _Named) -> dict[str, Any] |
         reader.fault("fileEncryptionKey has no value", named.place, code="required")
         return None
     value = reader.text(parts["value"], ["valueString"], MAX_VALUE)
-    coding = parts["coding"].body.get("valueCoding") if "coding" in parts else None
+    coding = _coding(reader, parts["coding"]) if "coding" in parts else None
     return None if value is None else {"value": value, "coding": coding}
+
+
+def _coding(reader: _Parameters, named: _Named) -> dict[str, str] | None:
+    """A Coding's system, if it has one, and code."""
+    coding = named.body.get("valueCoding")
+    found = {key: coding[key] for key in ("system", "code") if key in coding} if isinstance(coding, dict) else {}
+    if "code" not in found or not all(_is_text(value) and len(value.encode()) <= MAX_URL for value in found.values()):
+        reader.fault("coding takes a valueCoding with a code", named.place)
+        return None
+    return found
 
 
 def _directive(reader: _Parameters, named: _Named) -> dict[str, str] | None:
@@ -296,7 +312,7 @@ def _directive(reader: _Parameters, named: _Named) -> dict[str, str] | None:
     parts = named.body.get("part")
     if isinstance(parts, list) and len(parts) == 1 and isinstance(parts[0], dict):
         name = parts[0].get("name")
-        if isinstance(name, str) and _scheme(name):
+        if _is_text(name) and len(name.encode()) <= MAX_URL and _scheme(name):
             value = reader.text(_Named(parts[0], f"{named.place}.part[0]"), ["valueString", "valueUri"], MAX_VALUE)
             return None if value is None else {"parameterUrl": name, "parameterValue": value}
     found = reader.parts(named, ["parameterUrl", "parameterValue"])
@@ -313,6 +329,14 @@ def _directive(reader: _Parameters, named: _Named) -> dict[str, str] | None:
         reader.fault("parameterUrl is not an absolute URL", found["parameterUrl"].place)
         return None
     return {"parameterUrl": url, "parameterValue": value}
+
+
+def _in_the_clear(reader: _Parameters, named: _Named) -> None:
+    reader.fault(
+        f"{named.body['name']} may not be sent in the clear over the broker: send it encrypted, as secrets",
+        named.place,
+        code="security",
+    )
 
 
 def _scheme(url: str) -> str:
@@ -338,6 +362,11 @@ _KICKOFF: dict[str, tuple[bool, Reading]] = {
     "import": (True, _directive),
 }
 _KICKOFF_ALIASES = {"FHIRBaseUrl": "fhirBaseUrl", "fileRequestHeaders": "fileRequestHeader"}
+_KICKOFF_IN_THE_CLEAR: dict[str, tuple[bool, Reading]] = {
+    **_KICKOFF,
+    "fileRequestHeader": (True, _in_the_clear),
+    "fileEncryptionKey": (True, _in_the_clear),
+}
 _STATUS: dict[str, tuple[bool, Reading]] = {
     "submitter": (False, _identifier),
     "submissionId": (False, _string),
@@ -347,7 +376,58 @@ _STATUS: dict[str, tuple[bool, Reading]] = {
 
 def parse_kickoff(body: Any) -> KickoffRequest:
     """Read the Parameters of $bulk-submit (any JSON value); raises `InvalidRequest`."""
+    return _kickoff_request(_Parameters(body, _KICKOFF, _KICKOFF_ALIASES))
+
+
+def parse_kickoff_message(body: Any, secrets: Any) -> KickoffRequest:
+    """Read the Parameters of a $bulk-submit that came over the broker; raises `InvalidRequest`.
+
+    Others may read such a message: a secret among its parameters is a fault. `secrets` is what came encrypted, None
+    where nothing did: an object of `headers` (pairs of name and value), `file_encryption_key` (the parts `value` and
+    `coding`, or a JWK), and `manifest_url`, the only one with which these secrets may be used.
+    """
+    reader = _Parameters(body, _KICKOFF_IN_THE_CLEAR, _KICKOFF_ALIASES)
+    if secrets is not None:
+        _take_secrets(reader, secrets)
+    return _kickoff_request(reader)
+
+
+def submission_named(body: Any) -> tuple[str, str, str] | None:
+    """The submitter's system and value, and the submission id, whatever else is wrong; None if one is not legible."""
     reader = _Parameters(body, _KICKOFF, _KICKOFF_ALIASES)
+    submitter, submission_id = reader.one("submitter"), reader.one("submissionId")
+    return None if submitter is None or submission_id is None else (*submitter, submission_id)
+
+
+def _take_secrets(reader: _Parameters, secrets: Any) -> None:
+    """Read them as the parameters they would be over HTTP, with the same faults."""
+    if not isinstance(secrets, dict) or not SECRET_MEMBERS.issuperset(secrets):
+        reader.fault(f"the secrets are not an object of {', '.join(sorted(SECRET_MEMBERS))}", "secrets")
+        return
+    if "manifest_url" in secrets and secrets["manifest_url"] != reader.one("manifestUrl"):
+        reader.fault("the secrets were encrypted for another manifestUrl", "secrets.manifest_url", code="security")
+    headers = secrets.get("headers", [])
+    if not isinstance(headers, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in headers):
+        reader.fault("headers takes pairs of a name and a value", "secrets.headers")
+        headers = []
+    for index, pair in enumerate(headers):
+        names = ("headerName", "headerValue")
+        part = [{"name": name, "valueString": text} for name, text in zip(names, pair, strict=True)]
+        reader.take({"name": "fileRequestHeader", "part": part}, f"secrets.headers[{index}]", _KICKOFF, {})
+    key = secrets.get("file_encryption_key")
+    if key is None:
+        return
+    if not isinstance(key, dict):
+        reader.fault("file_encryption_key is not an object", "secrets.file_encryption_key")
+        return
+    if "kty" in key:
+        key = {"value": json.dumps(key)}
+    kinds = {"value": "valueString", "coding": "valueCoding"}
+    part = [{"name": name, kinds.get(name, "value"): value} for name, value in key.items() if value is not None]
+    reader.take({"name": "fileEncryptionKey", "part": part}, "secrets.file_encryption_key", _KICKOFF, {})
+
+
+def _kickoff_request(reader: _Parameters) -> KickoffRequest:
     if reader.readable:
         reader.require("submitter")
         reader.require("submissionId")

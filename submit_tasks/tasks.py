@@ -1,10 +1,11 @@
-"""The tasks: ids in, nothing out."""
+"""The tasks: ids in, nothing out; requests of services that share the broker, answered in Redis."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import threading
+from typing import Any
 
 import structlog
 from celery import Task
@@ -13,6 +14,7 @@ from schema import fleet, leases
 from schema.database import create_engine
 from settings import settings
 from submit_tasks.app import app
+from submit_tasks.broker_requests import answer_kickoff, answer_status
 from submit_tasks.messages import BROKER_ERRORS, queue_length, ring
 from workers.hands import Hand
 
@@ -61,3 +63,16 @@ def sweep_leases() -> None:
             return
         ring(due[: max(slots - waiting, 0)])
     log.info("leases swept", expired=len(expired), due=len(due), slots=slots)
+
+
+# Until its transaction commits, the message is all there is of the request: it is acknowledged after that.
+@app.task(name="submit_tasks.kickoff", acks_late=True)
+def kickoff(tenant: str, request_id: str, parameters: Any, secrets: str | None = None) -> None:
+    """A $bulk-submit: its FHIR Parameters; header values and keys as a compact JWE to our key of use `enc`."""
+    answer_kickoff(settings(), tenant, request_id, parameters, secrets)
+
+
+@app.task(name="submit_tasks.report_status")
+def report_status(tenant: str, request_id: str, system: str, value: str, submission_id: str) -> None:
+    """A $bulk-submit-status and its poll in one."""
+    answer_status(settings(), tenant, request_id, system, value, submission_id)

@@ -20,9 +20,9 @@ import sqlalchemy as sa
 import structlog
 
 from schema import files, fleet, leases
-from schema.database import DATABASE_ERRORS, create_engine, is_disconnect
+from schema.database import DATABASE_ERRORS, create_engine, is_conflict, is_disconnect
 from schema.files import Problem
-from schema.leases import Lease, LeaseLost
+from schema.leases import Lease, LeaseLost, WriteRefused
 from settings import Settings
 from workers import steps
 from workers.artifact_store import ArtifactStore
@@ -45,7 +45,12 @@ class Hand:
         self._worker_id = worker_id
         self._ring = ring
         self._engine = create_engine(settings, application=f"bulk-submit hand {worker_id}", pooled=False)
-        self._keeper_engine = create_engine(settings, application=f"bulk-submit keeper {worker_id}", pooled=False)
+        self._keeper_engine = create_engine(
+            settings,
+            application=f"bulk-submit keeper {worker_id}",
+            pooled=False,
+            answer_within=settings.lease_seconds / 3,
+        )
         self._store = ArtifactStore(settings.artifact_store_url)
         self._connection: sa.Connection | None = None
 
@@ -55,7 +60,12 @@ class Hand:
             while not drain_ordered():
                 connection = self._connected()
                 claimed_at = time.monotonic()
-                lease = leases.claim_next(connection, self._worker_id, self._settings.lease_seconds, hint)
+                try:
+                    lease = self._claim(connection, hint)
+                except DATABASE_ERRORS as error:
+                    if not is_conflict(error):
+                        raise
+                    continue
                 if lease is None:
                     return
                 with structlog.contextvars.bound_contextvars(
@@ -69,6 +79,17 @@ class Hand:
             log.warning("database not reachable; the sweep will call again", error=type(error).__name__)
         finally:
             self._disconnect()
+
+    def _claim(self, connection: sa.Connection, hint: int) -> Lease | None:
+        settings = self._settings
+        return leases.claim_next(
+            connection,
+            self._worker_id,
+            settings.lease_seconds,
+            hint,
+            retry_delay=settings.retry_delay_seconds,
+            retry_delay_cap=settings.retry_delay_cap_seconds,
+        )
 
     def _connected(self) -> sa.Connection:
         if self._connection is None or self._connection.closed or self._connection.invalidated:
@@ -102,8 +123,8 @@ class Hand:
                     )
                 else:
                     RUNNERS[lease.kind](work)
-            except LeaseLost:
-                log.warning("lease lost")
+            except LeaseLost as loss:
+                self._note_loss(work, loss)
             except HandBack as leaving:
                 self._release(work, delay=0, give_back=True, reason=str(leaving))
                 self._ring([lease.manifest_id])
@@ -120,8 +141,19 @@ class Hand:
                 self._put_off(work, reason=type(error).__name__)
         if work.hands_wanted > 1:
             hands = min(work.hands_wanted, fleet.slots(work.connection))
-            self._ring([lease.manifest_id] * (hands - 1))
+            if hands > 1:
+                self._ring([lease.manifest_id] * (hands - 1))
         return True
+
+    def _note_loss(self, work: Work, loss: LeaseLost) -> None:
+        """Leave a line in the lease's timeline, if the database can be reached; nothing depends on it."""
+        event = "refused" if isinstance(loss, WriteRefused) else "lost"
+        log.warning("lease lost", event_kind=event, reason=str(loss))
+        try:
+            with self._engine.begin() as connection:
+                leases.record_event(connection, work.lease, event, str(loss) or None)
+        except DATABASE_ERRORS as error:
+            log.warning("loss not noted", error=type(error).__name__)
 
     def _fetch_failed(self, work: Work, error: FetchError) -> None:
         attempts = 1 if work.progressed else work.lease.attempts
@@ -151,5 +183,5 @@ class Hand:
                 with work.connection.begin():
                     earlier = files.file_view(work.connection, work.lease).problems
                 files.finish_file(work.connection, work.lease, [*earlier, problem])
-        except LeaseLost:
-            log.warning("lease lost")
+        except LeaseLost as loss:
+            self._note_loss(work, loss)

@@ -49,8 +49,12 @@ class Keeper:
     def alive(self) -> None:
         """Say that the hand moved; raises `LeaseLost` if it works for nothing."""
         self._last_move = time.monotonic()
-        if self._lost or self._last_move >= self._trusted_until:
-            raise LeaseLost
+        self.check()
+
+    def check(self) -> None:
+        """Raise `LeaseLost` if the hand works for nothing. Waiting is no move."""
+        if self._lost or time.monotonic() >= self._trusted_until:
+            raise LeaseLost("not renewed in time")
 
     def renewed(self, sent_at: float) -> None:
         """A commit renewed the lease; `sent_at` is the monotonic time before it was sent."""
@@ -71,7 +75,7 @@ class Keeper:
                     self.renewed(sent_at)
                     self.drain = self.drain or orders.drain
                     if orders.cancelled:
-                        raise LeaseLost
+                        raise LeaseLost("the manifest is not live any more")
                 except LeaseLost:
                     self._lost = True
                     return

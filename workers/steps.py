@@ -54,6 +54,17 @@ class Work:
     progressed: bool = False
     hands_wanted: int = 0
 
+    def check(self) -> None:
+        """Between batches and while waiting: raises `LeaseLost`, or `HandBack` if this node is to leave."""
+        self.keeper.check()
+        if self.keeper.drain or drain_ordered():
+            raise HandBack("this worker is leaving")
+
+    def moved(self) -> None:
+        """The same where something moves: bytes came."""
+        self.keeper.alive()
+        self.check()
+
 
 def plan(work: Work) -> None:
     """Turn the manifest into rows. Raises `FetchError`, `LeaseLost`."""
@@ -92,7 +103,8 @@ def ingest(work: Work) -> None:
         stream = fetcher.open(file.url, accept=NDJSON, offset=lease.cursor_bytes, validator=file.validator)
         if not lease.cursor_bytes:
             files.note_validator(work.connection, lease, stream.etag if stream.identity else None)
-        with Prefetch(_batches(work, view, file, stream, borders), ahead=2, close=stream.close) as batches:
+        items = _batches(work, view, file, stream, borders)
+        with Prefetch(items, ahead=2, close=stream.close, waiting=work.check) as batches:
             _write(work, batches)
     with work.connection.begin():
         file = files.file_view(work.connection, lease)
@@ -111,7 +123,7 @@ def _view(work: Work) -> ManifestView:
 
 def _fetcher(work: Work, view: ManifestView) -> Fetcher:
     secrets = unseal(work.settings, view.sealed_secrets)
-    return Fetcher(secrets.headers, work.settings, work.keeper.alive)
+    return Fetcher(secrets.headers, work.settings, work.moved)
 
 
 def _batches(
@@ -145,8 +157,7 @@ def _write(work: Work, batches: Iterable[Batch]) -> None:
     for batch in batches:
         by_key = _write_until_committed(work, batch, origins, by_key=by_key)
         work.progressed = True
-        if work.keeper.drain or drain_ordered():
-            raise HandBack("this worker is leaving")
+        work.check()
         if time.monotonic() > slice_ends:
             if others_wait(work.connection, work.lease):
                 raise HandBack("another tenant waits")

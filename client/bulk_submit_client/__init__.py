@@ -6,11 +6,12 @@ requests over the consumer's broker.
 
 from __future__ import annotations
 
-from bulk_submit_client.errors import SubmissionStopped, SubmitError, WaitTimeout
+from bulk_submit_client.errors import IncompleteDownload, SubmissionStopped, SubmitError, Unreachable, WaitTimeout
 from bulk_submit_client.http import Progress, Report, StatusHandle, SubmitClient
 from bulk_submit_client.parameters import Submitter
 
 __all__ = [
+    "IncompleteDownload",
     "Progress",
     "Report",
     "StatusHandle",
@@ -18,5 +19,6 @@ __all__ = [
     "SubmitClient",
     "SubmitError",
     "Submitter",
+    "Unreachable",
     "WaitTimeout",
 ]

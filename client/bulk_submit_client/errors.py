@@ -40,9 +40,14 @@ def refusal(kind: type[SubmitError], status: int, outcome: object) -> SubmitErro
     """The error for an answer of that HTTP status, whose body is `outcome` if that is an OperationOutcome."""
     if not isinstance(outcome, dict) or outcome.get("resourceType") != "OperationOutcome":
         return kind(f"the consumer answered {status}", status=status)
-    texts = "; ".join(filter(None, map(_text, outcome.get("issue") or [])))
+    issues = outcome.get("issue")
+    texts = "; ".join(filter(None, map(_text, issues if isinstance(issues, list) else [])))
     return kind(f"the consumer answered {status}: {texts}", status=status, outcome=outcome)
 
 
-def _text(issue: dict[str, Any]) -> str:
-    return str(issue.get("details", {}).get("text") or issue.get("diagnostics") or issue.get("code", ""))
+def _text(issue: object) -> str:
+    if not isinstance(issue, dict):
+        return ""
+    details = issue.get("details")
+    text = details.get("text") if isinstance(details, dict) else None
+    return str(text or issue.get("diagnostics") or issue.get("code", ""))

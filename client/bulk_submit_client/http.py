@@ -6,13 +6,21 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import requests
 
-from bulk_submit_client.errors import SubmissionStopped, SubmitError, WaitTimeout
+from bulk_submit_client.errors import (
+    IncompleteDownload,
+    SubmissionStopped,
+    SubmitError,
+    Unreachable,
+    WaitTimeout,
+    refusal,
+)
 from bulk_submit_client.parameters import (
     Headers,
     Submitter,
@@ -65,14 +73,14 @@ class StatusHandle:
         self.url = url
 
     def poll(self) -> Progress | Report:
-        """Ask once. Raises `SubmissionStopped`, `SubmitError`, `requests.RequestException`."""
+        """Ask once. Raises `SubmissionStopped`, `SubmitError`."""
         response = self._client.request("GET", self.url, accept="application/json")
         if response.status_code == 202:
             text = response.headers.get("X-Progress", "")
             percent = re.search(r"(\d+(?:\.\d+)?)%", text)
             return Progress(text, float(percent[1]) if percent else None, _retry_after(response, 5.0))
         if response.status_code == 200:
-            return Report(response.json())
+            return Report(_object(response))
         raise _refused(response, SubmissionStopped if response.status_code == 410 else SubmitError)
 
     def delete(self) -> None:
@@ -131,9 +139,7 @@ class SubmitClient:
             import_directives=import_directives,
         )
         body["parameter"] += secret_parameters(headers, file_encryption_key)
-        response = self.expect(self.request("POST", f"{self._base_url}/$bulk-submit", body=body), 200)
-        outcome: dict[str, Any] = response.json()
-        return outcome
+        return _object(self.expect(self.request("POST", f"{self._base_url}/$bulk-submit", body=body), 200))
 
     def complete(self, submission_id: str) -> dict[str, Any]:
         """Say that no further manifests will follow."""
@@ -149,7 +155,10 @@ class SubmitClient:
         response = self.request(
             "POST", f"{self._base_url}/$bulk-submit-status", body=body, headers={"Prefer": "respond-async"}
         )
-        return StatusHandle(self, self.expect(response, 202).headers["Content-Location"])
+        url = self.expect(response, 202).headers.get("Content-Location")
+        if url is None:
+            raise SubmitError("the consumer gave no poll URL", status=response.status_code)
+        return StatusHandle(self, url)
 
     def wait(
         self,
@@ -165,10 +174,9 @@ class SubmitClient:
         while True:
             try:
                 answer = handle.poll()
-            except (requests.ConnectionError, requests.Timeout):
-                pause = backoff = min(backoff * 2, LONGEST_PAUSE_SECONDS)
             except SubmitError as error:
-                if error.status != 429 and (error.status or 0) < 500:
+                passes = isinstance(error, Unreachable) or error.status == 429 or (error.status or 0) >= 500
+                if not passes:
                     raise
                 pause = backoff = min(backoff * 2, LONGEST_PAUSE_SECONDS)
             else:
@@ -184,7 +192,8 @@ class SubmitClient:
     def download(self, report: Report, directory: Path, *, kinds: Sequence[str] = KINDS) -> list[Path]:
         """Stream the report's files of these kinds into `directory`; returns their paths.
 
-        A file appears once it is whole. Raises `SubmitError` where its lines are not as many as the report says.
+        A file appears once it is whole. Raises `IncompleteDownload` where it breaks off, or has not as many lines as
+        the report says.
         """
         directory.mkdir(parents=True, exist_ok=True)
         paths = []
@@ -193,29 +202,34 @@ class SubmitClient:
             name = "-".join(filter(None, (kind, resource_type, f"{number:05}")))
             path = directory / f"{name}.{'json' if kind == 'reconciliation' else 'ndjson'}"
             draft = path.with_suffix(".part")
-            lines = 0
-            with self._open(item["url"]) as response, draft.open("wb") as file:
-                for chunk in response.iter_content(1 << 20):
-                    file.write(chunk)
-                    lines += chunk.count(b"\n")
-            if "count" in item and int(item["count"]) != lines:
-                raise SubmitError(f"{path.name} has {lines} lines, not {item['count']}")
-            draft.replace(path)
+            try:
+                lines = self._save(report, item["url"], draft)
+                if "count" in item and int(item["count"]) != lines:
+                    raise IncompleteDownload(f"{path.name} has {lines} lines, not {item['count']}")
+                draft.replace(path)
+            finally:
+                draft.unlink(missing_ok=True)
             paths.append(path)
         return paths
 
+    def _save(self, report: Report, url: str, draft: Path) -> int:
+        lines = 0
+        with self._open(report, url) as response, draft.open("wb") as file, _whole():
+            for chunk in response.iter_content(1 << 20):
+                file.write(chunk)
+                lines += chunk.count(b"\n")
+        return lines
+
     def outcomes(self, report: Report) -> Iterator[dict[str, Any]]:
-        """The report's OperationOutcomes, streamed."""
+        """The report's OperationOutcomes, streamed. Raises `IncompleteDownload` where a file breaks off."""
         for _, item in report.files(("outcome",)):
-            with self._open(item["url"]) as response:
+            with self._open(report, item["url"]) as response, _whole():
                 for line in response.iter_lines():
                     yield json.loads(line)
 
     def read(self, resource_type: str, resource_id: str) -> dict[str, Any]:
         """A stored resource."""
-        response = self.expect(self.request("GET", f"{self._base_url}/{resource_type}/{resource_id}"), 200)
-        resource: dict[str, Any] = response.json()
-        return resource
+        return _object(self.expect(self.request("GET", f"{self._base_url}/{resource_type}/{resource_id}"), 200))
 
     def request(
         self,
@@ -226,17 +240,21 @@ class SubmitClient:
         accept: str = FHIR_JSON,
         headers: Mapping[str, str] | None = None,
         stream: bool = False,
+        authorized: bool = True,
     ) -> requests.Response:
-        """One request with the client's token. Raises `requests.RequestException`."""
+        """One request, `authorized` with the client's token if it has one. Raises `Unreachable`."""
         sent = {"Accept": accept, **(headers or {})}
         token = self._token() if callable(self._token) else self._token
-        if token is not None:
+        if token is not None and authorized:
             sent["Authorization"] = f"Bearer {token}"
         data = None
         if body is not None:
             sent["Content-Type"] = FHIR_JSON
             data = json.dumps(body)
-        return self._session.request(method, url, data=data, headers=sent, timeout=self._timeout, stream=stream)
+        try:
+            return self._session.request(method, url, data=data, headers=sent, timeout=self._timeout, stream=stream)
+        except requests.RequestException as error:
+            raise Unreachable(f"the consumer was not reached: {type(error).__name__}") from error
 
     def expect(self, response: requests.Response, status: int) -> requests.Response:
         """The response, if it has that status; raises `SubmitError` with what it says otherwise."""
@@ -244,29 +262,44 @@ class SubmitClient:
             raise _refused(response, SubmitError)
         return response
 
-    def _open(self, url: str) -> requests.Response:
-        headers = {"Accept-Encoding": "gzip"}
-        return self.expect(
-            self.request("GET", url, accept="application/fhir+ndjson", headers=headers, stream=True), 200
+    def _open(self, report: Report, url: str) -> requests.Response:
+        response = self.request(
+            "GET",
+            url,
+            accept="application/fhir+ndjson",
+            headers={"Accept-Encoding": "gzip"},
+            stream=True,
+            authorized=report.manifest.get("requiresAccessToken") is not False,
         )
+        return self.expect(response, 200)
 
 
-def _retry_after(response: requests.Response, default: float) -> float:
-    value = response.headers.get("Retry-After", "")
-    return min(float(value), LONGEST_PAUSE_SECONDS) if value.isdigit() else default
+@contextmanager
+def _whole() -> Iterator[None]:
+    try:
+        yield
+    except (requests.RequestException, json.JSONDecodeError) as error:
+        raise IncompleteDownload(f"a file broke off: {type(error).__name__}") from error
 
 
-def _refused(response: requests.Response, kind: type[SubmitError]) -> SubmitError:
-    outcome = None
-    text = f"the consumer answered {response.status_code}"
+def _object(response: requests.Response) -> dict[str, Any]:
     try:
         body = response.json()
     except ValueError:
         body = None
-    if isinstance(body, dict) and body.get("resourceType") == "OperationOutcome":
-        outcome = body
-        issues = [
-            issue.get("details", {}).get("text") or issue.get("diagnostics", "") for issue in body.get("issue", [])
-        ]
-        text = f"{text}: {'; '.join(filter(None, issues))}"
-    return kind(text, status=response.status_code, outcome=outcome)
+    if not isinstance(body, dict):
+        raise SubmitError("the consumer's answer is not a JSON object", status=response.status_code)
+    return body
+
+
+def _retry_after(response: requests.Response, default: float) -> float:
+    value = response.headers.get("Retry-After", "")
+    return min(float(value), LONGEST_PAUSE_SECONDS) if value.isdecimal() else default
+
+
+def _refused(response: requests.Response, kind: type[SubmitError]) -> SubmitError:
+    try:
+        outcome = response.json()
+    except (ValueError, requests.RequestException):
+        outcome = None
+    return refusal(kind, response.status_code, outcome)

@@ -123,8 +123,7 @@ def test_restarted_database(scene: Scene) -> None:
 
 def test_worker_that_leaves_hands_back(scene: Scene, celery_setup: CeleryTestSetup) -> None:
     holder, lines = _in_the_middle_of_a_file(scene)
-    _node(celery_setup, holder).kill("SIGTERM")
-    scene.provider.clear()
+    _node(celery_setup, holder).kill("SIGTERM")  # while it waits for a provider that has fallen silent
 
     _every_line_once(scene, scene.wait(), lines)
     attempts = scene.rows("SELECT max(attempts) FROM steps WHERE tenant_id = %(tenant)s")

@@ -11,10 +11,12 @@ import sqlalchemy as sa
 from schema import files, leases, submissions
 from schema.database import create_engine
 from schema.files import PlannedFile
-from schema.leases import Lease
+from schema.leases import Lease, Progress
+from schema.tables import metadata
 from settings import Settings
 from workers.fetch.ndjson import Block
 from workers.ingest.lines import LineReader, LineRules
+from workers.ingest.write import Origins, write_batch
 
 _numbers = itertools.count(1)
 
@@ -97,8 +99,9 @@ class Stage:
         return lease
 
     def expire(self, lease: Lease) -> None:
-        """Let the lease run out, as far as the database is concerned."""
-        self.execute("UPDATE steps SET lease_expires_at = clock_timestamp() WHERE id = :id", id=lease.step_id)
+        """Let the lease run out, and the delay after it, as far as the database is concerned."""
+        over = "lease_expires_at = clock_timestamp(), ready_at = clock_timestamp()"
+        self.execute(f"UPDATE steps SET {over} WHERE id = :id", id=lease.step_id)
 
     def reader(self, lease: Lease, **rules: Any) -> LineReader:
         """A reader of the lease's file, any type accepted."""
@@ -112,6 +115,24 @@ class Stage:
             "max_line_bytes": self.settings.max_line_bytes,
         }
         return LineReader(LineRules(tenant_id=lease.tenant_id, manifest_id=lease.manifest_id, **{**defaults, **rules}))
+
+    def write(self, lease: Lease, *lines: bytes) -> Progress:
+        """The lines as the next batch of the lease's file, committed under the lease."""
+        [batch] = self.reader(lease).batches(lines_of(*lines), lease.cursor_bytes, lease.cursor_lines + 1)
+        return write_batch(self.connection, lease, batch, Origins(lease), by_key=False, lease_seconds=30)
+
+    def dump(self) -> dict[str, list[str]]:
+        """Every row of every table."""
+        return {
+            table: sorted(row for (row,) in self.rows(f"SELECT row::text FROM {table} row"))
+            for table in metadata.tables
+        }
+
+    def waits_for_lock(self, application: str) -> bool:
+        """Whether a session of that application name waits for a lock that another one holds."""
+        query = """SELECT 1 FROM pg_stat_activity WHERE datname = current_database()
+                   AND application_name LIKE :name AND wait_event_type = 'Lock'"""
+        return bool(self.rows(query, name=application))
 
     def other_tenant(self) -> int:
         """The id of a second tenant."""

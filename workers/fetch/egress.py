@@ -56,7 +56,7 @@ def check_url(url: str) -> str:
 
 
 def check_header(name: str, value: str) -> tuple[str, str]:
-    """The header, if a submitter may have it sent; raises `Refused`, which does not repeat the value."""
+    """The header as it is sent, if a submitter may have it sent; raises `Refused`, which does not repeat the value."""
     if not _TOKEN.fullmatch(name):
         raise Refused("a request header's name is not an HTTP token")
     lowered = name.lower()
@@ -64,7 +64,7 @@ def check_header(name: str, value: str) -> tuple[str, str]:
         raise Refused(f"the request header {name} may not be set by a submitter")
     if not _VALUE.fullmatch(value):
         raise Refused(f"the value of the request header {name} holds characters that HTTP does not allow")
-    return name, value
+    return name, value.strip()
 
 
 def headers_for(url: str, headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ request (`workers/fetch/egress.py`). Source: RFC 9110 (ranges, conditional reque
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from workers.fetch.errors import (
     BrokenStream,
     FetchError,
     NotRetrieved,
+    Refused,
     TooLarge,
     Unreachable,
 )
@@ -35,6 +37,7 @@ RATIO_FREE_BYTES = 16 * MEBIBYTE
 MANIFEST_TYPES = "application/json, application/fhir+json;q=0.9, */*;q=0.1"
 USER_AGENT = "bulk-submit"
 RETRIED = frozenset({408, 429, 500, 502, 503, 504})
+_LENGTH = re.compile(r"[0-9]{1,18}")
 _CODES = {401: "login", 403: "forbidden", 404: "not-found", 408: "timeout", 410: "not-found", 429: "throttled"}
 
 
@@ -59,7 +62,7 @@ class Stream:
         etag = headers.get("ETag", "")
         self.etag = etag if etag.startswith('"') else None
         length = headers.get("Content-Length", "")
-        self.content_length = int(length) if length.isdigit() else None
+        self.content_length = int(length) if _LENGTH.fullmatch(length) else None
         encoding = headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in ("identity", "", "gzip", "x-gzip"):
             raise NotRetrieved(
@@ -72,6 +75,8 @@ class Stream:
         if encoding in ("gzip", "x-gzip"):
             self._chunks = self._gunzipped(self._chunks)
         self._first = next(self._chunks, b"")
+        while self._first and len(self._first) < len(MAGIC) and (more := next(self._chunks, b"")):
+            self._first += more
         is_gzip = resumed_at == 0 and self._first.startswith(MAGIC)
         self.identity = encoding in ("identity", "") and not is_gzip
         if is_gzip:
@@ -132,6 +137,13 @@ class Stream:
             )
 
 
+class _Session(requests.Session):
+    """Sees no redirects: the base class reads a redirect's whole body into memory even where it does not follow."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """None, whatever the response."""
+
+
 class Fetcher:
     """Fetches what one manifest names, with the submitter's headers. Use as a context; for one thread at a time.
 
@@ -142,7 +154,7 @@ class Fetcher:
         self._headers = headers
         self._settings = settings
         self._alive = alive
-        self._session = requests.Session()
+        self._session = _Session()
         self._session.trust_env = False
 
     def __enter__(self) -> Self:
@@ -159,7 +171,7 @@ class Fetcher:
         if offset and validator:
             ranged = {"Range": f"bytes={offset}-", "If-Range": validator, "Accept-Encoding": "identity"}
             response = self._get(url, {"Accept": accept, **ranged})
-            if response.status_code == 206 and _starts_at(response, offset):
+            if response.status_code == 206 and _goes_on(response, offset, validator):
                 return Stream(response, url, self._settings, self._alive, offset)
             if response.status_code == 200:
                 return Stream(response, url, self._settings, self._alive, 0)
@@ -201,6 +213,8 @@ class Fetcher:
                 )
             except (requests.ConnectionError, requests.Timeout) as caught:
                 error: FetchError = _unreachable(url, caught)
+            except (requests.exceptions.InvalidURL, urllib3.exceptions.LocationValueError) as caught:
+                raise Refused(f"{public_url(url)}: the URL's host cannot be one") from caught
             except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as caught:
                 raise BrokenStream(f"{public_url(url)}: the answer is not HTTP as we know it") from caught
             else:
@@ -220,12 +234,12 @@ class Fetcher:
         """Seconds that the server asks for, capped; None where it says nothing that makes sense."""
         if value is None:
             return None
-        if value.strip().isdigit():
+        if value.strip().isdecimal():
             seconds = float(value)
         else:
             try:
                 when = parsedate_to_datetime(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 return None
             seconds = (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
         return min(max(seconds, 0.0), self._settings.retry_after_cap_seconds)
@@ -237,8 +251,11 @@ class Fetcher:
             time.sleep(min(left, 0.2))
 
 
-def _starts_at(response: requests.Response, offset: int) -> bool:
-    return response.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
+def _goes_on(response: requests.Response, offset: int, validator: str) -> bool:
+    """Whether the range is the one asked for, of the body asked for: some servers do not heed If-Range."""
+    headers = response.headers
+    same = headers.get("ETag", validator) == validator
+    return same and headers.get("Content-Range", "").startswith(f"bytes {offset}-")
 
 
 def _not_retrieved(url: str, status: int) -> NotRetrieved:

@@ -87,7 +87,7 @@ class _Page:
             type_ = self._text(item, "type", f"{place}.type") or None
             files.append(
                 ManifestFile(
-                    url=urljoin(self._url, url),
+                    url=self._absolute(url, f"{place}.url"),
                     type=type_ if organized_by is None and name == "output" else None,
                     count=self._hint(item, "count", place, notes),
                     size=self._hint(item, "fileSize", place, notes),
@@ -104,8 +104,14 @@ class _Page:
                 url = self._text(link, "url", f"link[{index}].url")
                 if not url:
                     raise self._bad(f"link[{index}].url is missing")
-                return urljoin(self._url, url)
+                return self._absolute(url, f"link[{index}].url")
         return None
+
+    def _absolute(self, url: str, place: str) -> str:
+        try:
+            return urljoin(self._url, url)
+        except ValueError as error:
+            raise self._bad(f"{place} cannot be parsed") from error
 
     def _list(self, name: str) -> list[Any]:
         value = self._document.get(name)

@@ -32,6 +32,7 @@ class _Head(msgspec.Struct):
 
 
 _decode_head = msgspec.json.Decoder(_Head).decode
+_decode_strings = json.JSONDecoder(parse_int=str, parse_float=str, object_pairs_hook=list).decode
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _NOT_AN_OBJECT = "Expected `object`"
 
@@ -50,7 +51,7 @@ def hash_as_read(raw: bytes) -> bytes:
 def content_hash_without_versions(line: bytes) -> bytes:
     """`line_hash` of the resource without `meta.versionId` and `meta.lastUpdated`."""
     resource = _decode_object(line)
-    if "meta" in resource:
+    if bytes(resource.get("meta", b"")).startswith(b"{"):
         meta = _decode_object(resource["meta"])
         meta.pop("versionId", None)
         meta.pop("lastUpdated", None)
@@ -117,7 +118,7 @@ class LineReader:
                     if batch.line_count >= self._rules.batch_lines:
                         yield batch
                         batch = Batch(batch.end_byte, batch.end_line + 1)
-            if batch.size >= self._rules.batch_bytes:
+            if batch.size >= self._rules.batch_bytes or batch.line_count >= self._rules.batch_lines:
                 yield batch
                 batch = Batch(batch.end_byte, batch.end_line + 1)
         if batch.line_count:
@@ -217,19 +218,15 @@ def _strip(raw: bytes) -> bytes:
 
 def _check_text(line: bytes) -> None:
     """Refuse what JSON allows and a FHIR string does not: bytes that are not UTF-8, and NUL."""
-    line.decode()
-    if b"\\u0000" in line and _has_nul(json.loads(line)):
+    text = line.decode()
+    if b"\\u0000" in line and _has_nul(_decode_strings(text)):
         raise _Refused("value", "a string holds the character U+0000, which FHIR does not allow")
 
 
 def _has_nul(value: object) -> bool:
     if isinstance(value, str):
         return "\0" in value
-    if isinstance(value, list):
-        return any(_has_nul(item) for item in value)
-    if isinstance(value, dict):
-        return any("\0" in key or _has_nul(item) for key, item in value.items())
-    return False
+    return isinstance(value, list | tuple) and any(map(_has_nul, value))
 
 
 def _wrong_type(name: str, declared: str | None) -> _Refused:
