@@ -43,7 +43,7 @@ worker_enable_remote_control = True
 worker_hijack_root_logger = False
 task_publish_retry = False
 
-task_queues = (Queue(MANIFESTS), Queue(KICKOFFS), Queue(SWEEPS))
+task_queues = [Queue(name, routing_key=name) for name in (MANIFESTS, KICKOFFS, SWEEPS)]
 task_default_queue = MANIFESTS
 task_routes = {
     "submit_tasks.process_manifest": {"queue": MANIFESTS},

@@ -26,17 +26,30 @@ class FleetWorker:
     last_seen_at: datetime
 
 
-def report(connection: sa.Connection, name: str, pid: int, slots: int, *, started: bool) -> None:
-    """Say that the node is up; `started` begins its record anew. Commits."""
+def report(connection: sa.Connection, name: str, pid: int, slots: int, *, started: bool) -> bool:
+    """Say that the node is up; `started` begins its record anew. Returns whether it is asked to leave. Commits."""
     now = sa.func.clock_timestamp()
     values = {"pid": pid, "slots": slots, "last_seen_at": now}
     fresh = {"started_at": now, "drain": False} if started else {}
     with connection.begin():
-        connection.execute(
-            insert(fleet_workers)
-            .values(name=name, pid=pid, slots=slots)
-            .on_conflict_do_update(index_elements=["name"], set_={**values, **fresh})
+        return bool(
+            connection.execute(
+                insert(fleet_workers)
+                .values(name=name, pid=pid, slots=slots)
+                .on_conflict_do_update(index_elements=["name"], set_={**values, **fresh})
+                .returning(fleet_workers.c.drain)
+            ).scalar_one()
         )
+
+
+def ask_to_leave(connection: sa.Connection, name: str) -> list[str]:
+    """Ask the node of that name, or all whose name before the @ it is, to leave. Returns their full names. Commits."""
+    named = sa.or_(fleet_workers.c.name == name, sa.func.split_part(fleet_workers.c.name, "@", 1) == name)
+    with connection.begin():
+        asked = connection.execute(
+            fleet_workers.update().where(named).values(drain=True).returning(fleet_workers.c.name)
+        )
+        return sorted(asked.scalars())
 
 
 def leave(connection: sa.Connection, name: str) -> None:

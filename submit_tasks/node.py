@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from typing import Any
 
+import sqlalchemy as sa
 import structlog
 from celery import signals
 
@@ -18,7 +20,7 @@ from workers.draining import order_drain
 
 log = structlog.get_logger(__name__)
 
-REPORT_SECONDS = 5.0
+REPORT_SECONDS = 1.0
 
 
 class _Reporter(threading.Thread):
@@ -31,23 +33,38 @@ class _Reporter(threading.Thread):
 
     def run(self) -> None:
         engine = create_engine(settings(), application=f"bulk-submit node {self._node}", pooled=False)
-        started = True
-        while True:
+        connection: sa.Connection | None = None
+        started, asked = True, False
+        while not self._left.is_set():
             try:
-                with engine.connect() as connection:
-                    fleet.report(connection, self._node, os.getpid(), self._slots, started=started)
-                    started = False
-                    if self._left.wait(REPORT_SECONDS):
-                        fleet.leave(connection, self._node)
-                        return
+                connection = connection or engine.connect()
+                drain = fleet.report(connection, self._node, os.getpid(), self._slots, started=started)
+                started = False
             except DATABASE_ERRORS as error:
                 log.warning("node could not report", error=type(error).__name__)
-                if self._left.wait(REPORT_SECONDS):
-                    return
+                _close(connection)
+                connection, drain = None, False
+            if drain and not asked:
+                asked = True
+                order_drain()
+                os.kill(os.getpid(), signal.SIGTERM)  # as an operator would: the worker ends once its hands are back
+            self._left.wait(REPORT_SECONDS)
+        try:
+            connection = connection or engine.connect()
+            fleet.leave(connection, self._node)
+        except DATABASE_ERRORS as error:
+            log.warning("node could not say that it left", error=type(error).__name__)
+        _close(connection)
 
     def stop(self) -> None:
         self._left.set()
         self.join(timeout=2)
+
+
+def _close(connection: sa.Connection | None) -> None:
+    if connection is not None:
+        connection.invalidate()
+        connection.close()
 
 
 _reporters: list[_Reporter] = []

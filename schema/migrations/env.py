@@ -9,7 +9,7 @@ from schema.database import driver_url
 from schema.tables import metadata
 from settings import settings
 
-MIGRATION_LOCK = 0x62756C6B  # any fixed number: nobody else takes it
+MIGRATION_LOCK = -0x62756C6B  # any fixed number below zero: above it are the steps' locks
 
 configured = context.config.get_main_option("sqlalchemy.url") or str(settings().database_url)
 engine = sa.create_engine(driver_url(configured), poolclass=sa.pool.NullPool)

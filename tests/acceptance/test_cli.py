@@ -3,71 +3,55 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 from devstack.stack import Stack
-from tests.support.scene import SUBMITTER, Scene, patients
-
-
-def _bulk_submit(scene: Scene, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        **scene.stack.environment,
-        "BULK_SUBMIT_BASE": scene.base_url,
-        "BULK_SUBMIT_SYSTEM": SUBMITTER.system,
-        "BULK_SUBMIT_VALUE": SUBMITTER.value,
-        "COLUMNS": "200",
-    }
-    command = [sys.executable, "-m", "cli", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+from tests.support.scene import Scene, bulk_submit, patients
 
 
 def test_submit_watch_status_ledger(scene: Scene) -> None:
     url = scene.manifest(scene.serve("p.ndjson", [*patients(40), b"not json"]))
 
-    submitted = _bulk_submit(scene, "submit", url, "--id", "cli", "--fhir-base-url", "http://ehr.test/fhir")
+    submitted = bulk_submit(scene, "submit", url, "--id", "cli", "--fhir-base-url", "http://ehr.test/fhir")
     assert (submitted.returncode, submitted.stderr) == (0, "")
     assert "accepted" in submitted.stdout
 
-    watched = _bulk_submit(scene, "watch", "cli")
+    watched = bulk_submit(scene, "watch", "cli")
     assert watched.returncode == 0
     assert "Patient" in watched.stdout
 
-    status = _bulk_submit(scene, "status", "cli")
+    status = bulk_submit(scene, "status", "cli")
     assert status.returncode == 0
     assert "40" in status.stdout
 
-    ledger = _bulk_submit(scene, "ledger", "cli")
+    ledger = bulk_submit(scene, "ledger", "cli")
     entries = [json.loads(line) for line in ledger.stdout.splitlines()]
     assert [entry["line"] for entry in entries] == list(range(1, 42))
     assert [entry["line"] for entry in entries if entry["action"] == "failed"] == [41]
 
 
 def test_refusals_are_told_in_words(scene: Scene) -> None:
-    refused = _bulk_submit(
+    refused = bulk_submit(
         scene, "submit", "ftp://provider.test/m.json", "--id", "cli", "--fhir-base-url", "http://e.test"
     )
     assert refused.returncode != 0
     assert "manifestUrl" in refused.stderr + refused.stdout
     assert "Traceback" not in refused.stderr
 
-    unknown = _bulk_submit(scene, "status", "never-heard-of")
+    unknown = bulk_submit(scene, "status", "never-heard-of")
     assert unknown.returncode != 0
     assert "Traceback" not in unknown.stderr
 
 
 def test_unreachable_consumer_is_told_in_words(scene: Scene) -> None:
-    status = _bulk_submit(scene, "status", "cli", "--base", "http://127.0.0.1:9/default/fhir")
+    status = bulk_submit(scene, "status", "cli", "--base", "http://127.0.0.1:9/default/fhir")
     assert status.returncode != 0
     assert "Traceback" not in status.stderr
 
 
 def test_submitters_are_let_in_by_command(scene: Scene) -> None:
-    added = _bulk_submit(scene, "submitter", "add", "--system", "urn:new", "--value", "one", "--tenant", scene.tenant)
+    added = bulk_submit(scene, "submitter", "add", "--system", "urn:new", "--value", "one", "--tenant", scene.tenant)
     assert (added.returncode, added.stderr) == (0, "")
-    submitted = _bulk_submit(
+    submitted = bulk_submit(
         scene,
         *("submit", scene.manifest(scene.serve("p.ndjson", patients(1))), "--id", "new"),
         *("--fhir-base-url", "http://ehr.test/fhir", "--system", "urn:new", "--value", "one"),
@@ -76,5 +60,5 @@ def test_submitters_are_let_in_by_command(scene: Scene) -> None:
 
 
 def test_migrate_may_be_repeated(scene: Scene, stack: Stack) -> None:
-    assert _bulk_submit(scene, "migrate").returncode == 0
+    assert bulk_submit(scene, "migrate").returncode == 0
     assert scene.run(scene.manifest(scene.serve("p.ndjson", patients(1)))).actions() == {"created": 1}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pytest_celery import CeleryTestSetup, CeleryTestWorker
 
-from tests.support.scene import Receipts, Scene, patients
+from tests.support.scene import Receipts, Scene, bulk_submit, patients
 
 LINES = 6000
 
@@ -126,8 +126,32 @@ def test_worker_that_leaves_hands_back(scene: Scene, celery_setup: CeleryTestSet
     _node(celery_setup, holder).kill("SIGTERM")  # while it waits for a provider that has fallen silent
 
     _every_line_once(scene, scene.wait(), lines)
+    scene.wait_for(lambda: _node(celery_setup, holder).container.status == "exited", "the node's process has ended")
     attempts = scene.rows("SELECT max(attempts) FROM steps WHERE tenant_id = %(tenant)s")
     assert attempts <= [(1,)]
+
+
+def test_drained_node_hands_back_and_leaves(scene: Scene, celery_setup: CeleryTestSetup) -> None:
+    holder, lines = _in_the_middle_of_a_file(scene)
+    drained = bulk_submit(scene, "drain", holder)
+    assert (drained.returncode, drained.stderr) == (0, "")
+    assert f"asked to leave: {holder}@" in drained.stdout
+
+    _every_line_once(scene, scene.wait(), lines)
+    scene.wait_for(lambda: _node(celery_setup, holder).container.status == "exited", "the node's process has ended")
+    released, claimed = scene.rows(
+        "SELECT min(at) FILTER (WHERE event = 'released'), max(at) FILTER (WHERE event = 'claimed')"
+        " FROM lease_events JOIN steps s ON s.id = step_id AND s.kind = 'ingest'"
+        " WHERE lease_events.tenant_id = %(tenant)s"
+    )[0]
+    assert released < claimed
+
+    [[manifest]] = scene.rows("SELECT id FROM manifests WHERE tenant_id = %(tenant)s")
+    drawn = bulk_submit(scene, "leases", str(manifest))
+    assert (drawn.returncode, drawn.stderr) == (0, "")
+    assert "released (this worker is leaving)" in drawn.stdout
+    assert bulk_submit(scene, "leases", "http://never.heard/of").returncode == 1
+    assert bulk_submit(scene, "drain", "nobody").returncode == 1
 
 
 def _everything(scene: Scene) -> list[tuple[object, ...]]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -188,6 +191,20 @@ class Receipts:
             places[entry["file"], entry["line"]] += 1
         assert not [place for place, count in places.items() if count > 1]
         return actions
+
+
+def bulk_submit(scene: Scene, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as the scene's submitter and operator."""
+    environment = {
+        **os.environ,
+        **scene.stack.environment,
+        "BULK_SUBMIT_BASE": scene.base_url,
+        "BULK_SUBMIT_SYSTEM": SUBMITTER.system,
+        "BULK_SUBMIT_VALUE": SUBMITTER.value,
+        "COLUMNS": "200",
+    }
+    command = [sys.executable, "-m", "cli", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
 
 
 def _expected(lines: Iterable[Line]) -> Iterator[tuple[str, str, bytes]]:
