@@ -40,6 +40,7 @@ task_send_sent_event = True
 worker_send_task_events = True
 worker_prefetch_multiplier = 1
 worker_enable_remote_control = True
+worker_soft_shutdown_timeout = 10.0
 worker_hijack_root_logger = False
 task_publish_retry = False
 

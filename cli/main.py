@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cli import processes, stack, submitting
+from cli import fleet, processes, reliability, stack, submitting
 
 app = typer.Typer(
     name="bulk-submit", help="A FHIR Bulk Submit Data Consumer.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -18,8 +18,11 @@ app.command()(processes.worker)
 app.command()(processes.beat)
 app.command()(processes.flower)
 app.command()(processes.migrate)
+app.command()(fleet.drain)
+app.command()(fleet.leases)
 app.command()(submitting.submit)
 app.command()(submitting.watch)
 app.command()(submitting.status)
 app.command()(submitting.ledger)
+app.command()(reliability.audit)
 app.add_typer(submitting.submitters, name="submitter")

@@ -10,7 +10,7 @@ store in the order of its index, row by row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -50,13 +50,13 @@ class AuditedBatch:
 
 
 class StoredLine(NamedTuple):
-    """A line whose resource stands in the store. `op` is that of the row it appended, None where it appended none."""
+    """A line whose resource stands in the store. `op` is that of the row it appended, 0 where it appended none."""
 
     line: int
     key: UUID
     seq: int
     version: int
-    op: int | None
+    op: int
     resource_id: str
 
 
@@ -133,8 +133,8 @@ HAVING count(s.id) <> 1
     ),
 )
 
-# counters: what polls and receipts are told is the sum of what was committed; every line of a batch is counted once, and
-# every failed one has its issue. Issues may go with the packed results.
+# counters: what polls and receipts are told is the sum of what was committed; every line of a batch is counted once,
+# and every failed one has its issue. Issues may go with the packed results.
 # Plans: an aggregate over ingest_batches, hash joined with steps; a scan; an aggregate over entry_issues, hash full
 # joined with ingest_batches.
 COUNTERS = Check(
@@ -194,8 +194,6 @@ WHERE b.fencing_token < b.earlier OR b.fencing_token > s.fencing_token
     ),
 )
 
-_TENANT_OF_KEY = "('x' || left(key::text, 8))::bit(32)::bigint"
-
 # versions: a resource's rows count 1, 2, 3 …; each raises the version by one, save an affirm (5), which keeps it; the
 # first is a create (1), and a create comes later only after a delete (3), which nothing but a create or a restore (4)
 # may follow; all are of one id, and each names a batch of its own tenant.
@@ -218,9 +216,9 @@ WHERE CASE WHEN seq_before IS NULL THEN seq <> 1 OR version <> 1 OR op <> 1
         OR (op = 1 AND op_before <> 3) OR (op IN (2, 3, 5) AND op_before = 3) OR resource_id <> id_before
       END
 """),
-        _finds(f"""
+        _finds("""
 SELECT format('key %s, seq %s: there is no batch %s of its tenant', v.key, v.seq, v.batch_id)
-FROM (SELECT key, seq, batch_id, {_TENANT_OF_KEY} AS tenant_id FROM resource_versions) v
+FROM (SELECT key, seq, batch_id, ('x' || left(key::text, 8))::bit(32)::bigint AS tenant_id FROM resource_versions) v
 WHERE NOT EXISTS (SELECT 1 FROM ingest_batches b WHERE b.tenant_id = v.tenant_id AND b.id = v.batch_id)
 """),
     ),
@@ -232,13 +230,13 @@ WHERE NOT EXISTS (SELECT 1 FROM ingest_batches b WHERE b.tenant_id = v.tenant_id
 WRITTEN = Check(
     sa.text("SELECT count(*) FROM ingest_batches"),
     (
-        _finds(f"""
+        _finds("""
 SELECT format('batch %s: %s created, %s updated, %s affirmed; the store has %s, %s, %s of it, of lines %s to %s',
               b.id, b.created, b.updated, b.affirmed, coalesce(v.created, 0), coalesce(v.updated, 0),
               coalesce(v.affirmed, 0), v.first, v.last)
 FROM ingest_batches b
 LEFT JOIN (
-    SELECT {_TENANT_OF_KEY} AS tenant_id, batch_id, min(line) AS first, max(line) AS last,
+    SELECT ('x' || left(key::text, 8))::bit(32)::bigint AS tenant_id, batch_id, min(line) AS first, max(line) AS last,
            count(*) FILTER (WHERE op = 1) AS created, count(*) FILTER (WHERE op = 2) AS updated,
            count(*) FILTER (WHERE op = 5) AS affirmed
     FROM resource_versions
@@ -322,7 +320,8 @@ SELECT format('manifest %s: %s lines committed, %s in the ledger; %s versions wr
 FROM manifests m
 LEFT JOIN (
     SELECT tenant_id, manifest_id, sum(line_count) FILTER (WHERE type = 'ledger') AS ledger,
-           sum(line_count) FILTER (WHERE type = 'output') AS output, count(*) FILTER (WHERE type = 'summary') AS summaries
+           sum(line_count) FILTER (WHERE type = 'output') AS output,
+           count(*) FILTER (WHERE type = 'summary') AS summaries
     FROM artifacts
     WHERE published
     GROUP BY tenant_id, manifest_id
@@ -362,7 +361,7 @@ LEFT JOIN LATERAL (
     LIMIT 1
 ) v ON true
 WHERE v.version IS DISTINCT FROM l.version OR v.resource_id <> l.resource_id
-   OR CASE WHEN l.op IS NULL
+   OR CASE WHEN l.op = 0
       THEN NOT EXISTS (
         SELECT 1 FROM ingest_batches b
         WHERE b.tenant_id = %(tenant_id)s AND b.id = v.batch_id AND b.manifest_id = %(manifest_id)s
@@ -411,7 +410,7 @@ def offenders(connection: sa.Connection, check: Check, limit: int, *, ttl_second
     return found
 
 
-def batches(connection: sa.Connection) -> Iterator[AuditedBatch]:
+def batches(connection: sa.Connection) -> Generator[AuditedBatch, None, None]:
     """Every committed batch, a few in memory at a time."""
     with connection.execute(_BATCHES.execution_options(yield_per=_BATCHES_A_FETCH)) as rows:
         for row in rows:
@@ -426,7 +425,9 @@ def wrong_lines(connection: sa.Connection, batch: AuditedBatch, lines: Sequence[
         "tenant_id": batch.tenant_id,
         "manifest_id": batch.manifest_id,
         "batch_id": batch.id,
-        **dict(zip(("lines", "keys", "seqs", "versions", "ops", "ids"), map(list, zip(*lines, strict=True)), strict=True)),
+        **dict(
+            zip(("lines", "keys", "seqs", "versions", "ops", "ids"), map(list, zip(*lines, strict=True)), strict=True)
+        ),
     }
     with driver(connection).cursor() as cursor:
         return [offender for (offender,) in cursor.execute(_WRONG_LINES, parameters)]
@@ -448,6 +449,4 @@ def published_artifacts(connection: sa.Connection, *, ttl_seconds: float) -> Ite
 def still_there(connection: sa.Connection, artifact: PublishedArtifact) -> bool:
     """Whether the receipt's row is there now. Commits."""
     with connection.begin():
-        return bool(
-            connection.execute(_STILL_THERE, {"tenant_id": artifact.tenant_id, "id": artifact.id}).scalar_one()
-        )
+        return bool(connection.execute(_STILL_THERE, {"tenant_id": artifact.tenant_id, "id": artifact.id}).scalar_one())

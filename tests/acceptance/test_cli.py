@@ -62,3 +62,10 @@ def test_submitters_are_let_in_by_command(scene: Scene) -> None:
 def test_migrate_may_be_repeated(scene: Scene, stack: Stack) -> None:
     assert bulk_submit(scene, "migrate").returncode == 0
     assert scene.run(scene.manifest(scene.serve("p.ndjson", patients(1)))).actions() == {"created": 1}
+
+
+def test_a_setting_that_does_not_fit_is_named(scene: Scene) -> None:
+    refused = bulk_submit(scene, "status", "one", BULK_SUBMIT_LEASE_SECONDS="soon")
+    assert refused.returncode == 2
+    assert "BULK_SUBMIT_LEASE_SECONDS" in refused.stderr
+    assert "Traceback" not in refused.stderr

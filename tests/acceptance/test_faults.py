@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from pytest_celery import CeleryTestSetup, CeleryTestWorker
 
 from tests.support.scene import Receipts, Scene, bulk_submit, patients
@@ -121,9 +122,10 @@ def test_restarted_database(scene: Scene) -> None:
     _every_line_once(scene, scene.wait(), lines)
 
 
-def test_worker_that_leaves_hands_back(scene: Scene, celery_setup: CeleryTestSetup) -> None:
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGQUIT"])
+def test_worker_that_leaves_hands_back(scene: Scene, celery_setup: CeleryTestSetup, how: str) -> None:
     holder, lines = _in_the_middle_of_a_file(scene)
-    _node(celery_setup, holder).kill("SIGTERM")  # while it waits for a provider that has fallen silent
+    _node(celery_setup, holder).kill(how)  # while it waits for a provider that has fallen silent
 
     _every_line_once(scene, scene.wait(), lines)
     scene.wait_for(lambda: _node(celery_setup, holder).container.status == "exited", "the node's process has ended")

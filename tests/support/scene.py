@@ -193,18 +193,19 @@ class Receipts:
         return actions
 
 
-def bulk_submit(scene: Scene, *arguments: str) -> subprocess.CompletedProcess[str]:
+def bulk_submit(scene: Scene, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command as the scene's submitter and operator."""
-    environment = {
+    variables = {
         **os.environ,
         **scene.stack.environment,
         "BULK_SUBMIT_BASE": scene.base_url,
         "BULK_SUBMIT_SYSTEM": SUBMITTER.system,
         "BULK_SUBMIT_VALUE": SUBMITTER.value,
         "COLUMNS": "200",
+        **environment,
     }
     command = [sys.executable, "-m", "cli", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=90, check=False)
 
 
 def _expected(lines: Iterable[Line]) -> Iterator[tuple[str, str, bytes]]:
