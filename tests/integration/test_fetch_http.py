@@ -331,7 +331,7 @@ def test_a_body_that_stands_still_is_given_up(provider: SampleProvider) -> None:
 
 def test_a_slow_body_is_not_one_that_stands_still(provider: SampleProvider) -> None:
     provider.add(Fault(bytes_per_second=len(BODY) * 2))
-    assert fetch(f"{provider.url}/{NAME}", read_timeout_seconds=0.25) == BODY
+    assert fetch(f"{provider.url}/{NAME}", read_timeout_seconds=0.4) == BODY
 
 
 def test_a_lease_that_is_lost_ends_the_body(provider: SampleProvider) -> None:

@@ -372,6 +372,7 @@ LINES = st.lists(
             b"",
             b" \r",
             b"{",
+            b"{\r",
             patient(b'"x":"\xff"'),
             patient(b'"x":"\\u0000"'),
             b"x" * (LIMIT + 1),
