@@ -1,7 +1,8 @@
 """Celery's configuration.
 
 Messages are hints that carry ids; Postgres decides. So: acknowledge early, keep no results, prefetch nothing, no ETA,
-no chords. What a broker loses, the sweeps send again.
+no chords. What a broker loses, the sweeps send again. A kickoff that comes as a message is the exception: it is the
+only record of itself until its commit, and is acknowledged after that.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ task_send_sent_event = True
 worker_send_task_events = True
 worker_prefetch_multiplier = 1
 worker_enable_remote_control = True
-worker_soft_shutdown_timeout = 10.0
+worker_soft_shutdown_timeout = 5.0
 worker_hijack_root_logger = False
 task_publish_retry = False
 
@@ -53,11 +54,21 @@ task_routes = {
     "submit_tasks.sweep_*": {"queue": SWEEPS},
 }
 
+_PERIODS = {
+    "leases": _settings.sweep_seconds,
+    "fleet": 60.0,
+    "expired": _settings.retention_sweep_seconds,
+    "idle": _settings.retention_sweep_seconds,
+    "orphans": _settings.retention_sweep_seconds,
+    "logs": _settings.retention_sweep_seconds,
+}
+# A sweep that waited for its whole period is dropped: the next one stands behind it already.
 beat_schedule = {
-    "sweep-leases": {
-        "task": "submit_tasks.sweep_leases",
-        "schedule": timedelta(seconds=_settings.sweep_seconds),
-        "options": {"queue": SWEEPS, "expires": _settings.sweep_seconds},
+    f"sweep-{name}": {
+        "task": f"submit_tasks.sweep_{name}",
+        "schedule": timedelta(seconds=seconds),
+        "options": {"queue": SWEEPS, "expires": seconds},
     }
+    for name, seconds in _PERIODS.items()
 }
 timezone = "UTC"

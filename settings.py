@@ -59,7 +59,10 @@ class Settings(BaseSettings):
     max_attempts: int = Field(5, ge=1, description="Claims of a step without progress before it fails.")
     retry_delay_seconds: float = Field(2.0, gt=0, description="Delay before the second attempt; doubles each time.")
     retry_delay_cap_seconds: float = Field(300.0, gt=0, description="Longest delay between attempts.")
-    sweep_seconds: float = Field(5.0, gt=0, description="Period of the sweeps that beat schedules.")
+    sweep_seconds: float = Field(5.0, gt=0, description="Period of the sweep of leases.")
+    fleet_forget_seconds: float = Field(
+        86400.0, ge=60, description="A worker node not seen for so long is struck out of the fleet's record."
+    )
 
     batch_lines: int = Field(4000, ge=1, description="Lines in one transaction.")
     batch_bytes: int = Field(8 * MEBIBYTE, ge=1, description="Bytes of lines in one transaction.")
@@ -83,6 +86,20 @@ class Settings(BaseSettings):
     receipt_part_lines: int = Field(1_000_000, ge=1, description="Lines in one part of a receipt.")
     receipt_part_bytes: int = Field(512 * MEBIBYTE, ge=1024, description="Bytes, before compression, in one part.")
     receipt_ttl_seconds: float = Field(7 * 86400.0, gt=0, description="How long receipts and poll URLs are kept.")
+    idle_submission_seconds: float = Field(
+        30 * 86400.0,
+        gt=0,
+        description="A submission left open with which nothing happened for so long is stopped, so that it can expire.",
+    )
+    orphan_grace_seconds: float = Field(
+        3600.0,
+        gt=0,
+        description="How long an unpublished object is kept: longer than the upload of a frozen worker may take.",
+    )
+    log_ttl_seconds: float = Field(30 * 86400.0, gt=0, description="How long the logs of leases and requests are kept.")
+    retention_sweep_seconds: float = Field(
+        120.0, gt=0, description="Period of the sweeps that delete what is past its time."
+    )
     poll_interval_seconds: int = Field(5, ge=1, description="Retry-After of an unfinished poll.")
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from fastapi import FastAPI, Response
 from fastapi.exceptions import RequestValidationError
 
-from api import conformance, errors, files, resources, status, submit
+from api import conformance, errors, files, metrics, resources, status, submit
 from api.errors import Refusal, json_response
 from schema.database import DATABASE_ERRORS, create_engine
 from settings import Settings
@@ -56,6 +56,7 @@ def create_app(settings: Settings) -> FastAPI:
             raise Refusal(503, "the database does not answer", code="transient") from error
         return json_response({"status": "ok"}, media_type="application/json")
 
+    app.include_router(metrics.router)
     for router in (submit.router, status.router, files.router, conformance.router, resources.router):
         app.include_router(router, prefix="/{tenant}/fhir")
     return app

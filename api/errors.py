@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+import psycopg
+import sqlalchemy as sa
 import structlog
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
+from schema.database import passes
 from submit_tasks.kickoff import KickoffRefused
 from submit_tasks.outcomes import Issue, outcome
 from submit_tasks.parameters import InvalidRequest
@@ -18,6 +21,7 @@ from submit_tasks.parameters import InvalidRequest
 log = structlog.get_logger(__name__)
 
 FHIR_JSON = "application/fhir+json"
+RETRY_AFTER_SECONDS = 5
 _CODES = {404: "not-found", 405: "not-supported", 410: "deleted", 413: "too-costly", 415: "not-supported"}
 NOTHING_HERE = "there is nothing under this URL"
 _TEXTS = {404: NOTHING_HERE, 405: "this URL does not take that method"}
@@ -69,6 +73,15 @@ def install(app: FastAPI) -> None:
         text = _TEXTS.get(error.status_code, "the request cannot be served")
         issue = Issue("error", _CODES.get(error.status_code, "processing"), text)
         return outcome_response([issue], status=error.status_code, headers=error.headers)
+
+    @app.exception_handler(psycopg.Error)
+    @app.exception_handler(sa.exc.SQLAlchemyError)
+    def _database(request: Request, error: Exception) -> Response:
+        if not passes(error):
+            return _unexpected(request, error)
+        log.warning("database busy or away", method=request.method, error=type(error).__name__)
+        issue = Issue("error", "transient", "the server is busy or being restarted; send the same again")
+        return outcome_response([issue], status=503, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
 
     @app.exception_handler(Exception)
     def _unexpected(request: Request, error: Exception) -> Response:

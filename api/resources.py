@@ -14,22 +14,24 @@ from schema import resources
 from schema.fhir_types import ID, TYPE_NUMBERS
 from schema.resources import Op, StoredVersion
 
+READ = ["GET", "HEAD"]
+
 router = APIRouter()
 
 
-@router.get("/{resource_type}/{resource_id}")
+@router.api_route("/{resource_type}/{resource_id}", methods=READ)
 def read(resource_type: str, resource_id: str, context: InContext) -> Response:
     """What stands under the id; 410 after a deletion."""
     return _resource(resource_type, resource_id, context, None)
 
 
-@router.get("/{resource_type}/{resource_id}/_history/{version}")
+@router.api_route("/{resource_type}/{resource_id}/_history/{version}", methods=READ)
 def vread(resource_type: str, resource_id: str, version: int, context: InContext) -> Response:
     """One version; 410 where it is a deletion."""
     return _resource(resource_type, resource_id, context, version)
 
 
-@router.get("/{resource_type}/{resource_id}/_history")
+@router.api_route("/{resource_type}/{resource_id}/_history", methods=READ)
 def history(
     resource_type: str,
     resource_id: str,

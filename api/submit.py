@@ -78,6 +78,8 @@ async def _json_body(request: Request) -> Any:
     media_type = request.headers.get("Content-Type", "").split(";")[0].strip().lower()
     if media_type not in JSON_TYPES:
         raise Refusal(415, "the body must be application/fhir+json")
+    if request.headers.get("Content-Encoding", "identity").strip().lower() not in ("identity", ""):
+        raise Refusal(415, "the body must come without Content-Encoding")
     body = bytearray()
     try:
         async for chunk in request.stream():

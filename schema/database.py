@@ -7,7 +7,9 @@ first one is that sessions of lost leases are terminated (`schema/leases.py`).
 
 from __future__ import annotations
 
-from typing import Any, cast
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import psycopg
 import sqlalchemy as sa
@@ -85,6 +87,28 @@ def is_disconnect(error: BaseException) -> bool:
         isinstance(original, psycopg.OperationalError | psycopg.InterfaceError)
         and getattr(original, "sqlstate", None) is None
     )
+
+
+RETRY_PAUSES_SECONDS = (0.1, 0.3, 0.6)
+
+Result = TypeVar("Result")
+
+
+def passes(error: BaseException) -> bool:
+    """Whether the same may succeed in a moment: somebody else was in the way, or the database is away."""
+    return is_conflict(error) or is_disconnect(error)
+
+
+def retried(attempt: Callable[[], Result], pauses: Sequence[float] = RETRY_PAUSES_SECONDS) -> Result:
+    """What `attempt` returns, tried again after each pause, in seconds, while its error is one that `passes`."""
+    for pause in pauses:
+        try:
+            return attempt()
+        except DATABASE_ERRORS as error:
+            if not passes(error):
+                raise
+        time.sleep(pause)
+    return attempt()
 
 
 DATABASE_ERRORS = (psycopg.Error, sa.exc.SQLAlchemyError)

@@ -15,7 +15,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from schema.leases import Lease, enter, finish, hold_manifest, hold_step
+from schema.leases import Lease, WriteRefused, enter, finish, hold_manifest, hold_step
 from schema.tables import artifacts, fetch_parameters, manifest_files, manifests, steps
 
 
@@ -132,10 +132,12 @@ def finish_plan(
         hold_manifest(connection, lease, alone=True)
         place = {"tenant_id": lease.tenant_id, "manifest_id": lease.manifest_id}
         if files:
-            ids = connection.execute(
-                manifest_files.insert().returning(manifest_files.c.id, sort_by_parameter_order=True),
-                [{**place, "position": position, **asdict(file)} for position, file in enumerate(files)],
-            ).scalars()
+            listed = [{**place, "position": position, **asdict(file)} for position, file in enumerate(files)]
+            insert = manifest_files.insert().returning(manifest_files.c.id, sort_by_parameter_order=True)
+            try:
+                ids = connection.execute(insert, listed).scalars()
+            except sa.exc.IntegrityError as error:
+                raise WriteRefused("another has planned this manifest") from error
             to_ingest = [
                 {**place, "file_id": file_id, "kind": "ingest", "state": "ready"}
                 for file_id, file in zip(ids, files, strict=True)

@@ -4,14 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
-from schema.tables import fleet_workers
+from schema.tables import STEP_KINDS, fleet_workers
 
 SILENT_SECONDS = 30
 """A node not seen for so long does not count as a pair of hands any more."""
+
+STEPS_COUNTED = 100_000
+"""Where counting ends, so that it takes no longer than a moment."""
+
+
+def _interval(seconds: float) -> sa.ColumnElement[Any]:
+    return sa.func.make_interval(0, 0, 0, 0, 0, 0, seconds)
+
+
+_ALIVE = fleet_workers.c.last_seen_at > sa.func.clock_timestamp() - _interval(SILENT_SECONDS)
+
+# Plan: steps_open_idx or a scan, ended at the limit; manifests hashed.
+_STEPS = sa.text("""
+SELECT kind, count(*) FILTER (WHERE leased) AS leased,
+       count(*) FILTER (WHERE NOT leased AND ready_at <= statement_timestamp()) AS due
+FROM (
+    SELECT s.kind, s.ready_at, coalesce(s.lease_expires_at > statement_timestamp(), false) AS leased
+    FROM steps s
+    JOIN manifests m ON m.tenant_id = s.tenant_id AND m.id = s.manifest_id AND m.status IN ('pending', 'processing')
+    WHERE s.state = 'ready'
+    LIMIT :limit
+) open
+GROUP BY kind
+""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +85,48 @@ def leave(connection: sa.Connection, name: str) -> None:
 
 def slots(connection: sa.Connection) -> int:
     """How many steps the nodes seen lately can work on at once. Commits."""
-    alive = fleet_workers.c.last_seen_at > sa.func.clock_timestamp() - sa.func.make_interval(
-        0, 0, 0, 0, 0, 0, SILENT_SECONDS
-    )
     with connection.begin():
         return int(
             connection.execute(
-                sa.select(sa.func.coalesce(sa.func.sum(fleet_workers.c.slots), 0)).where(alive)
+                sa.select(sa.func.coalesce(sa.func.sum(fleet_workers.c.slots), 0)).where(_ALIVE)
             ).scalar_one()
         )
+
+
+def forget_silent(connection: sa.Connection, seconds: float, limit: int) -> list[str]:
+    """Strike out up to `limit` nodes not seen for `seconds`, the longest silent first. Returns their names."""
+    silent = (
+        sa.select(fleet_workers.c.name)
+        .where(fleet_workers.c.last_seen_at <= sa.func.clock_timestamp() - _interval(seconds))
+        .order_by(fleet_workers.c.last_seen_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    struck = connection.execute(
+        fleet_workers.delete().where(fleet_workers.c.name.in_(silent)).returning(fleet_workers.c.name)
+    )
+    return sorted(struck.scalars())
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What there is to do, and who is there to do it. `due` and `leased` count steps, by their kind."""
+
+    due: dict[str, int]
+    leased: dict[str, int]
+    workers: int
+    slots: int
+
+
+def load(connection: sa.Connection) -> Load:
+    """Steps that are due or leased, no more than `STEPS_COUNTED` of them, and the nodes seen lately."""
+    due, leased = dict.fromkeys(STEP_KINDS, 0), dict.fromkeys(STEP_KINDS, 0)
+    for row in connection.execute(_STEPS, {"limit": STEPS_COUNTED}):
+        due[row.kind], leased[row.kind] = row.due, row.leased
+    seen = connection.execute(
+        sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(fleet_workers.c.slots), 0)).where(_ALIVE)
+    ).one()
+    return Load(due, leased, *map(int, seen))
 
 
 def workers(connection: sa.Connection) -> list[FleetWorker]:

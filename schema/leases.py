@@ -163,6 +163,17 @@ WHERE locktype = 'advisory' AND objsubid = 1
   AND pid <> pg_backend_pid()
 """)
 
+# The same for every step of a submission.
+_EVICT_SUBMISSION = sa.text("""
+SELECT l.pid, pg_terminate_backend(l.pid) AS ended
+FROM manifests m
+JOIN steps s ON s.tenant_id = m.tenant_id AND s.manifest_id = m.id
+JOIN pg_locks l ON l.locktype = 'advisory' AND l.objsubid = 1
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND l.classid::bigint = (s.id >> 32) AND l.objid::bigint = (s.id & 4294967295)
+WHERE m.tenant_id = :tenant_id AND m.submission_id = :submission_id AND l.pid <> pg_backend_pid()
+""")
+
 # The same for the sweep, which may come late: not if the step has a new holder meanwhile.
 _EVICT_EXPIRED = sa.text(f"""
 {_EVICT.text}  AND EXISTS (
@@ -307,8 +318,9 @@ def claim_next(
             lease = Lease(**row._mapping)
             if lease.kind == "plan":
                 connection.execute(_MARK_PROCESSING, {"tenant_id": tenant_id, "manifest_id": lease.manifest_id})
-            record_event(connection, lease, "claimed")
-        if lease.attempts > 1 or lease.previous_worker:
+            after = lease.previous_worker and f"the lease of {lease.previous_worker} ran out"
+            record_event(connection, lease, "claimed", after)
+        if lease.fencing_token > 1:
             evict(connection, lease.step_id)
         return lease
     return None
@@ -334,6 +346,12 @@ def evict(connection: sa.Connection, step_id: int) -> int:
     """End every other session that is inside a fenced transaction of this step. Returns how many. Commits."""
     with connection.begin():
         return len(connection.execute(_EVICT, {"step_id": step_id}).all())
+
+
+def evict_submission(connection: sa.Connection, tenant_id: int, submission_id: int) -> int:
+    """End every session that is inside a fenced transaction of the submission's steps, in the caller's transaction."""
+    submission = {"tenant_id": tenant_id, "submission_id": submission_id}
+    return len(connection.execute(_EVICT_SUBMISSION, submission).all())
 
 
 def hold_manifest(connection: sa.Connection, lease: Lease, *, alone: bool = False) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
+from schema.database import is_conflict
+from schema.leases import evict_submission
 from schema.tables import (
     LIVE_MANIFEST_STATUSES,
     fetch_parameters,
@@ -24,6 +26,8 @@ from schema.tables import (
     submitters,
     tenants,
 )
+
+REVOKE_LOCK_SECONDS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +59,10 @@ class FetchParameters:
 class ManifestProgress:
     """How far a manifest is. `fraction` is between 0 and 1, over its files."""
 
-    manifest_id: int
-    manifest_url: str | None
     status: str
-    planned: bool
     files: int
     files_ended: int
-    files_failed: int
     fraction: float
-    lines: int
-    bytes: int
-    created: int
-    updated: int
-    unchanged: int
-    affirmed: int
-    failed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +86,17 @@ _SUBMISSION_COLUMNS = (
 
 # One row a manifest, from the counts its steps carry: the cost grows with files, never with lines.
 _PROGRESS = sa.text("""
-SELECT m.id AS manifest_id, m.manifest_url, m.status,
-       bool_or(s.kind = 'plan' AND s.state IN ('done', 'failed')) AS planned,
+SELECT m.status,
        count(*) FILTER (WHERE s.kind = 'ingest') AS files,
        count(*) FILTER (WHERE s.kind = 'ingest' AND s.state IN ('done', 'failed')) AS files_ended,
-       count(*) FILTER (WHERE s.kind = 'ingest' AND s.state = 'failed') AS files_failed,
        coalesce(avg(CASE WHEN s.state IN ('done', 'failed') THEN 1
                     ELSE least(coalesce(s.cursor_bytes / nullif(f.declared_bytes, 0)::float8, 0), 1) END)
-                FILTER (WHERE s.kind = 'ingest'), 0)::float8 AS fraction,
-       sum(s.cursor_lines)::bigint AS lines, sum(s.cursor_bytes)::bigint AS bytes,
-       sum(s.created)::bigint AS created, sum(s.updated)::bigint AS updated, sum(s.unchanged)::bigint AS unchanged,
-       sum(s.affirmed)::bigint AS affirmed, sum(s.failed)::bigint AS failed
+                FILTER (WHERE s.kind = 'ingest'), 0)::float8 AS fraction
 FROM manifests m
 JOIN steps s ON s.tenant_id = m.tenant_id AND s.manifest_id = m.id
 LEFT JOIN manifest_files f ON f.tenant_id = s.tenant_id AND f.id = s.file_id
 WHERE m.tenant_id = :tenant_id AND m.submission_id = :submission_id
-GROUP BY m.id, m.manifest_url, m.status
+GROUP BY m.id, m.status
 ORDER BY m.id
 """)
 
@@ -148,12 +136,13 @@ def add_submitter(connection: sa.Connection, tenant_id: int, system: str, value:
 def find_submission(
     connection: sa.Connection, tenant_id: int, submitter_id: int, submission_id: str
 ) -> Submission | None:
-    """The submission that its submitter calls `submission_id`, or None."""
+    """The submission that its submitter calls `submission_id`; None also once it has expired."""
     row = connection.execute(
         sa.select(*_SUBMISSION_COLUMNS).where(
             submissions.c.tenant_id == tenant_id,
             submissions.c.submitter_id == submitter_id,
             submissions.c.submission_id == submission_id,
+            submissions.c.expired_at.is_(None),
         )
     ).one_or_none()
     return None if row is None else Submission(**row._mapping)
@@ -223,6 +212,14 @@ def find_manifest(connection: sa.Connection, submission: Submission, manifest_ur
     return None if row is None else (row.id, row.kickoff_digest)
 
 
+def has_manifests(connection: sa.Connection, submission: Submission) -> bool:
+    """Whether any manifest was ever submitted under it."""
+    any_manifest = sa.exists().where(
+        manifests.c.tenant_id == submission.tenant_id, manifests.c.submission_id == submission.id
+    )
+    return bool(connection.execute(sa.select(any_manifest)).scalar_one())
+
+
 def add_manifest(
     connection: sa.Connection,
     submission: Submission,
@@ -264,10 +261,29 @@ def add_manifest(
 
 
 def revoke(connection: sa.Connection, submission: Submission, status: str) -> list[int]:
-    """End the submission's live manifests as `stopped` or `replaced`; returns their ids.
+    """End the submission's live manifests as `stopped` or `replaced`, and forget their secrets; returns their ids.
 
-    Commits and claims hold the manifest's row, so this waits for those under way, and none can come after it.
+    Commits and claims hold the manifest's row, so this waits for those under way, and none can come after it. Who holds
+    it for longer than a commit takes is frozen: its session is ended.
     """
+    connection.execute(sa.text(f"SET LOCAL lock_timeout = '{REVOKE_LOCK_SECONDS}s'"))
+    try:
+        with connection.begin_nested():
+            ended = _end_manifests(connection, submission, status)
+    except sa.exc.OperationalError as error:
+        if not is_conflict(error):
+            raise
+        evict_submission(connection, submission.tenant_id, submission.id)
+        ended = _end_manifests(connection, submission, status)
+    connection.execute(
+        fetch_parameters.update()
+        .where(fetch_parameters.c.tenant_id == submission.tenant_id, fetch_parameters.c.manifest_id.in_(ended))
+        .values(sealed_secrets=None)
+    )
+    return ended
+
+
+def _end_manifests(connection: sa.Connection, submission: Submission, status: str) -> list[int]:
     return list(
         connection.execute(
             manifests.update()
@@ -290,6 +306,8 @@ def progress(connection: sa.Connection, submission: Submission) -> list[Manifest
 
 def ensure_transaction_time(connection: sa.Connection, submission: Submission) -> datetime:
     """The instant of the submission's status manifest: set the first time it is asked for, then the same for ever."""
+    if submission.transaction_time is not None:
+        return submission.transaction_time
     time = connection.execute(
         submissions.update()
         .where(_submission(submission))
@@ -323,7 +341,7 @@ def mint_poll_token(
 
 
 def resolve_poll_token(connection: sa.Connection, tenant_id: int, token_hash: bytes) -> PollToken | None:
-    """What a token stands for; None after its deletion or expiry."""
+    """What a token stands for; None after its deletion or expiry, or that of its submission."""
     row = connection.execute(
         sa.select(*_SUBMISSION_COLUMNS, poll_tokens.c.separate_export_status, poll_tokens.c.expires_at)
         .join(
@@ -337,6 +355,7 @@ def resolve_poll_token(connection: sa.Connection, tenant_id: int, token_hash: by
             poll_tokens.c.tenant_id == tenant_id,
             poll_tokens.c.token_hash == token_hash,
             poll_tokens.c.expires_at > sa.func.clock_timestamp(),
+            submissions.c.expired_at.is_(None),
         )
     ).one_or_none()
     if row is None:

@@ -116,10 +116,15 @@ submissions = Table(
     _time("created_at", default=True),
     _time("updated_at", default=True),
     _time("completed_at"),
+    _time("expired_at"),
+    _time("expiry_failed_at"),
     sa.PrimaryKeyConstraint("tenant_id", "id"),
     sa.UniqueConstraint("tenant_id", "submitter_id", "submission_id"),
     ForeignKeyConstraint(["tenant_id", "submitter_id"], ["submitters.tenant_id", "submitters.id"]),
     _one_of("status", SUBMISSION_STATUSES),
+    Index("submissions_ended_idx", "completed_at", postgresql_where=sa.text("expired_at IS NULL")),
+    Index("submissions_open_idx", "updated_at", postgresql_where=sa.text("status = 'in-progress'")),
+    comment="expired_at: all that it was told is deleted. expiry_failed_at: the artifact store did not let it go.",
 )
 
 manifests = Table(
@@ -148,6 +153,7 @@ manifests = Table(
         unique=True,
         postgresql_where=sa.text("status <> 'replaced'"),
     ),
+    Index("manifests_submission_idx", "tenant_id", "submission_id"),
     comment="problems: manifest-level errors ({code, diagnostics}). kickoff_digest: tells a repeated request.",
 )
 
@@ -257,7 +263,7 @@ ingest_batches = Table(
     Column("results", BYTEA),
     sa.PrimaryKeyConstraint("tenant_id", "id"),
     sa.UniqueConstraint("tenant_id", "file_id", "generation", "first_byte"),
-    Index("ingest_batches_manifest_idx", "tenant_id", "manifest_id"),
+    Index("ingest_batches_manifest_idx", "tenant_id", "manifest_id", "id"),
     comment="One row per committed batch. results: what became of each line, packed (schema/results.py).",
 )
 
@@ -323,12 +329,14 @@ artifacts = Table(
     Column("severity_counts", JSONB),
     Column("published", Boolean, nullable=False, server_default=sa.false()),
     _time("created_at", default=True),
+    _time("removal_failed_at"),
     sa.PrimaryKeyConstraint("tenant_id", "id"),
     sa.UniqueConstraint("tenant_id", "path"),
     ForeignKeyConstraint(["tenant_id", "manifest_id"], ["manifests.tenant_id", "manifests.id"]),
     _one_of("type", ARTIFACT_TYPES),
     Index("artifacts_submission_idx", "tenant_id", "submission_id"),
     Index("artifacts_manifest_idx", "tenant_id", "manifest_id"),
+    Index("artifacts_unpublished_idx", "created_at", postgresql_where=sa.text("NOT published")),
     comment="Recorded before its object is written, so that no object is without a row; published with the manifest.",
 )
 
@@ -375,6 +383,17 @@ fleet_workers = Table(
     _time("started_at", default=True),
     _time("last_seen_at", default=True),
     comment="Celery worker nodes of the whole fleet, whatever the tenant.",
+)
+
+sweeps = Table(
+    "sweeps",
+    metadata,
+    Column("name", Text, primary_key=True),
+    _time("finished_at"),
+    Column("seconds", sa.Double),
+    Column("report", JSONB, nullable=False, server_default=sa.text("'{}'")),
+    _counter("failures"),
+    comment="The last run of each sweep that ended well, and how many have failed since.",
 )
 
 egress_log = Table(

@@ -19,7 +19,6 @@ import hashlib
 import json
 import re
 import secrets as randomness
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +31,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from schema import submissions
-from schema.database import DATABASE_ERRORS, create_engine, is_conflict, is_disconnect
+from schema.database import DATABASE_ERRORS, create_engine, passes, retried
 from settings import Settings
 from submit_tasks.jwe import NotDecrypted, decrypt
 from submit_tasks.kickoff import KickoffRefused, identify, kickoff
@@ -170,11 +169,11 @@ def _answer(settings: Settings, request_id: str, give: Callable[[sa.Engine], Ans
     """What `give` returns, or an OperationOutcome on why it did not."""
     engine = create_engine(settings, application="bulk-submit broker requests", pooled=False)
     try:
-        return _tried(lambda: give(engine))
+        return retried(lambda: give(engine), RETRY_PAUSES_SECONDS)
     except (InvalidRequest, KickoffRefused) as refused:
         return {"status": refused.status, "outcome": outcome(*refused.issues)}
     except Exception as error:  # noqa: BLE001 - answered; its message might hold what nobody should read
-        if isinstance(error, DATABASE_ERRORS) and _passes(error):
+        if isinstance(error, DATABASE_ERRORS) and passes(error):
             log.warning("database not reachable", request_id=request_id, error=type(error).__name__)
             text = "not accepted: the database does not answer; send the same again"
             return {"status": 503, "outcome": outcome(Issue("error", "transient", text))}
@@ -185,22 +184,6 @@ def _answer(settings: Settings, request_id: str, give: Callable[[sa.Engine], Ans
         return {"status": 500, "outcome": outcome(issue)}
     finally:
         engine.dispose()
-
-
-def _tried(give: Callable[[], Answer]) -> Answer:
-    """What `give` returns, after a few attempts where the database is busy or away for a moment."""
-    for pause in RETRY_PAUSES_SECONDS:
-        try:
-            return give()
-        except DATABASE_ERRORS as error:
-            if not _passes(error):
-                raise
-        time.sleep(pause)
-    return give()
-
-
-def _passes(error: Exception) -> bool:
-    return is_conflict(error) or is_disconnect(error)
 
 
 def _stands(earlier: Any, answer: Answer) -> bool:

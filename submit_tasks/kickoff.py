@@ -14,6 +14,7 @@ import msgspec
 import sqlalchemy as sa
 
 from schema import submissions
+from schema.database import retried
 from schema.submissions import FetchParameters, Submission
 from settings import Settings
 from submit_tasks.messages import ring
@@ -58,6 +59,20 @@ def kickoff(
         raise KickoffRefused(
             422, "not-supported", "replacesManifestUrl is not supported by this server yet", "replacesManifestUrl"
         )
+    result = retried(lambda: _transaction(engine, settings, tenant, request, owner_subject, request_url))
+    if result.manifest_id is not None:
+        ring([result.manifest_id])
+    return result
+
+
+def _transaction(
+    engine: sa.Engine,
+    settings: Settings,
+    tenant: str,
+    request: KickoffRequest,
+    owner_subject: str | None,
+    request_url: str | None,
+) -> KickoffResult:
     with engine.begin() as connection:
         tenant_id, submitter_id = identify(connection, tenant, request.system, request.value)
         submission = submissions.hold_submission(
@@ -68,10 +83,7 @@ def kickoff(
             owner_subject=owner_subject,
             request_url=request_url,
         )
-        result = _accept(connection, settings, submission, request)
-    if result.manifest_id is not None:
-        ring([result.manifest_id])
-    return result
+        return _accept(connection, settings, submission, request)
 
 
 def identify(connection: sa.Connection, tenant: str, system: str, value: str) -> tuple[int, int]:
@@ -97,9 +109,8 @@ def _accept(
     else:
         digest = _digest(request)
         known = submissions.find_manifest(connection, submission, request.manifest_url)
-        _refuse_ended(
-            submission, repeats=known is not None and known[1] == digest and request.status == submission.status
-        )
+        repeats = known is not None and known[1] == digest and submission.status != "stopped"
+        _refuse_ended(submission, repeats=repeats)
         if known is None:
             manifest_id = _add_manifest(connection, settings, submission, request, digest)
             issues = [information("The manifest is accepted.")]
@@ -113,6 +124,9 @@ def _accept(
         if submission.status != "completed":
             submissions.set_status(connection, submission, "completed")
         issues.append(information("The submission is complete: no further manifests are expected."))
+    if request.status in ("completed", "stopped") and not submissions.has_manifests(connection, submission):
+        text = "no manifest was ever submitted under this submission id: it ends empty"
+        issues.append(Issue("warning", "not-found", text))
     return KickoffResult(manifest_id, [*(issues or [information("The submission is in progress.")]), *request.warnings])
 
 

@@ -1,4 +1,4 @@
-"""What a worker node does beside its tasks: logs, a row in `fleet_workers`, and leaving when it is told to."""
+"""What a worker node does beside its tasks: logs, a clean spool, a row in `fleet_workers`, and leaving when told to."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from schema.database import DATABASE_ERRORS, create_engine
 from settings import settings
 from submit_tasks.logs import configure_logging
 from workers.draining import order_drain
+from workers.receipts.spool import remove_leftovers
 
 log = structlog.get_logger(__name__)
 
@@ -73,6 +74,17 @@ _reporters: list[_Reporter] = []
 @signals.setup_logging.connect
 def _configure_logging(loglevel: int = 20, **_: Any) -> None:
     configure_logging(loglevel)
+
+
+@signals.worker_init.connect
+def _starting(**_: Any) -> None:
+    try:
+        removed = remove_leftovers(settings())
+    except OSError as error:
+        log.warning("spool not cleared", error=type(error).__name__)
+        return
+    if removed:
+        log.info("spool cleared of what killed processes left", directories=len(removed))
 
 
 @signals.worker_ready.connect

@@ -7,21 +7,13 @@ import secrets
 import threading
 from typing import Any
 
-import structlog
 from celery import Task
 
-from schema import fleet, leases
-from schema.database import create_engine
 from settings import settings
 from submit_tasks.app import app
 from submit_tasks.broker_requests import answer_kickoff, answer_status
-from submit_tasks.messages import BROKER_ERRORS, queue_length, ring
+from submit_tasks.messages import ring
 from workers.hands import Hand
-
-log = structlog.get_logger(__name__)
-
-EXPIRED_AT_ONCE = 1000
-SWEEP_LOCK = 0x73776565  # any fixed number: nobody else takes it
 
 _local = threading.local()
 
@@ -39,30 +31,6 @@ def _hand(node: str) -> Hand:
 def process_manifest(self: Task, manifest_id: int) -> None:
     """Do what is due, that manifest's steps among equals."""
     _hand(self.request.hostname or "local").work(manifest_id)
-
-
-@app.task(name="submit_tasks.sweep_leases")
-def sweep_leases() -> None:
-    """Clear leases that ran out, and call for hands where steps are due and too few messages wait.
-
-    Alone it would bring every manifest to its end. Idempotent; where two run at once, one does nothing.
-    """
-    engine = create_engine(settings(), application="bulk-submit sweep", pooled=False)
-    with engine.connect() as guard, guard.begin(), engine.connect() as connection:
-        if not leases.only_one(guard, SWEEP_LOCK):
-            return
-        expired = leases.expire(connection, EXPIRED_AT_ONCE)
-        slots = max(fleet.slots(connection), 1)
-        due = leases.due_manifests(connection, slots)
-    engine.dispose()
-    if due:
-        try:
-            waiting = queue_length()
-        except BROKER_ERRORS as error:
-            log.warning("broker not reachable", error=type(error).__name__)
-            return
-        ring(due[: max(slots - waiting, 0)])
-    log.info("leases swept", expired=len(expired), due=len(due), slots=slots)
 
 
 # Until its transaction commits, the message is all there is of the request: it is acknowledged after that.

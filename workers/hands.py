@@ -55,7 +55,8 @@ class Hand:
         self._connection: sa.Connection | None = None
 
     def work(self, hint: int) -> None:
-        """Do what is due, `hint`'s manifest among equals, until nothing is or the node leaves."""
+        """Do what is due, `hint`'s manifest among equals, until nothing is, the slice is used or the node leaves."""
+        slice_ends = time.monotonic() + self._settings.slice_seconds
         try:
             while not drain_ordered():
                 connection = self._connected()
@@ -73,6 +74,9 @@ class Hand:
                 ):
                     if not self._do(lease, connection, claimed_at):
                         return
+                if time.monotonic() > slice_ends:
+                    self._ring([lease.manifest_id])
+                    return
         except DATABASE_ERRORS as error:
             if not is_disconnect(error):
                 raise
@@ -134,11 +138,14 @@ class Hand:
             except FileChanged:
                 self._fail(work, "conflict", "the file changed while it was being read; what was read of it stands")
             except Exception as error:
-                if is_disconnect(error):
-                    work.connection.invalidate()
-                    work.connection = self._connect_again(keeper.alive)
                 log.exception("step put off")
-                self._put_off(work, reason=type(error).__name__)
+                try:
+                    if is_disconnect(error):
+                        work.connection.invalidate()
+                        work.connection = self._connect_again(keeper.alive)
+                    self._put_off(work, reason=type(error).__name__)
+                except LeaseLost as loss:
+                    self._note_loss(work, loss)
         if work.hands_wanted > 1:
             hands = min(work.hands_wanted, fleet.slots(work.connection))
             if hands > 1:

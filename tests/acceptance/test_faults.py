@@ -73,6 +73,20 @@ def test_frozen_worker_changes_nothing_when_it_wakes(scene: Scene, celery_setup:
     assert again.actions() == {"created": 10}
 
 
+def test_sweep_alone_calls_for_hands(scene: Scene, celery_setup: CeleryTestSetup) -> None:
+    names = [scene.serve(f"p{number}.ndjson", patients(1000, f"f{number}")) for number in range(6)]
+    for node in celery_setup.worker_cluster:
+        node.kill()
+    scene.submit(scene.manifest(*names))
+    broker = celery_setup.broker.container.client
+    scene.wait_for(lambda: broker.llen("manifests"), "the kickoff's message waits")
+    broker.flushall()
+    for node in celery_setup.worker_cluster:
+        node.container.restart()
+
+    assert scene.wait().actions() == {"created": 6000}
+
+
 def test_emptied_broker(scene: Scene, celery_setup: CeleryTestSetup) -> None:
     names = [scene.serve(f"p{number}.ndjson", patients(1000, f"f{number}")) for number in range(6)]
     stalled = scene.stall("p0.ndjson")

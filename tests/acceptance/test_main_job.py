@@ -65,7 +65,9 @@ def test_manifest_that_lists_nothing(scene: Scene) -> None:
     assert scene.rows("SELECT status FROM manifests WHERE tenant_id = %(tenant)s") == [("completed",)]
 
 
-def test_submission_without_manifest(scene: Scene) -> None:
+def test_submission_without_manifest_ends_empty_with_a_warning(scene: Scene) -> None:
+    ended = scene.client.submit("none", status="completed")
+    assert [issue["severity"] for issue in ended["issue"]] == ["information", "warning"]
     receipts = scene.run(None)
 
     assert (receipts.outputs, receipts.errors) == ([], [])

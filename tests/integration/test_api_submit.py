@@ -7,9 +7,12 @@ import socket
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+import requests
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from kombu.utils.json import loads as load_message
@@ -200,6 +203,75 @@ def test_an_ended_submission_takes_nothing_more_but_the_same_end_again(api: Api,
         assert end in issue["details"]["text"]
     assert len(api.manifests(name)) == 1
     assert api.rows("SELECT status FROM submissions WHERE submission_id = :name", name=name) == [(end,)]
+
+
+def test_a_manifest_sent_again_after_the_completion_is_answered_as_the_first(api: Api, name: str) -> None:
+    body = manifest(name, URL)
+    issues(api.submit(body), 200)
+    issues(api.submit(parameters(submitter(), submission(name), status("completed"))), 200)
+    [issue] = issues(api.submit(body), 200)
+    assert "already" in issue["details"]["text"]
+    assert len(api.manifests(name)) == 1
+
+
+def test_an_end_without_any_manifest_is_taken_with_a_warning(api: Api, name: str) -> None:
+    found = issues(api.submit(parameters(submitter(), submission(name), status("completed"))), 200)
+    assert [issue["severity"] for issue in found] == ["information", "warning"]
+
+
+def test_a_compressed_body_is_refused(api: Api, name: str) -> None:
+    response = requests.post(
+        f"{api.base_url}/$bulk-submit",
+        data=b"\x1f\x8b",
+        headers={"Content-Type": "application/fhir+json", "Content-Encoding": "gzip"},
+        timeout=10,
+    )
+    [issue] = issues(response, 415)
+    assert "Content-Encoding" in issue["details"]["text"]
+
+
+def test_stopping_ends_the_session_of_a_worker_frozen_before_its_commit(api: Api, name: str) -> None:
+    issues(api.submit(manifest(name, URL)), 200)
+    with psycopg.connect(api.settings.database_url) as frozen:
+        [[step]] = frozen.execute(
+            "SELECT s.id FROM steps s JOIN manifests m ON m.id = s.manifest_id"
+            " JOIN submissions u ON u.id = m.submission_id AND u.submission_id = %s WHERE s.kind = 'plan'",
+            [name],
+        ).fetchall()
+        frozen.execute("SELECT pg_advisory_xact_lock(%s::bigint)", [step])
+        frozen.execute("SELECT 1 FROM manifests FOR SHARE")
+        issues(api.submit(parameters(submitter(), submission(name), status("stopped"))), 200)
+        with pytest.raises(psycopg.OperationalError):
+            frozen.execute("SELECT 1")
+    assert [state for _, state in api.manifests(name)] == ["stopped"]
+
+
+def test_a_database_that_is_away_is_told_as_a_moment_s_trouble(
+    postgres: EmbeddedPostgres, migrated_template: str, tmp_path: Path
+) -> None:
+    database_url = postgres.create_database("api_away", template=migrated_template)
+    with Api(database_url, tmp_path) as api, psycopg.connect(postgres.url, autocommit=True) as connection:
+        connection.execute("ALTER DATABASE api_away ALLOW_CONNECTIONS false")
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'api_away'")
+        for answer in (
+            api.submit(manifest("away", URL)),
+            api.post("$bulk-submit-status", parameters(submitter(), submission("away"))),
+            api.get("Patient/1"),
+        ):
+            [issue] = issues(answer, 503)
+            assert (issue["code"], answer.headers["Retry-After"]) == ("transient", "5")
+        assert "Traceback" not in api.log.read_text()
+        connection.execute("ALTER DATABASE api_away ALLOW_CONNECTIONS true")
+        issues(api.submit(manifest("away", URL)), 200)
+
+
+def test_stopping_forgets_the_secrets(api: Api, name: str) -> None:
+    issues(api.submit(manifest(name, URL, header("Authorization", "Bearer of-news"))), 200)
+    sealed = "SELECT count(sealed_secrets) FROM fetch_parameters p JOIN manifests m ON m.id = p.manifest_id"
+    sealed += " JOIN submissions u ON u.id = m.submission_id WHERE u.submission_id = :name"
+    assert api.rows(sealed, name=name) == [(1,)]
+    issues(api.submit(parameters(submitter(), submission(name), status("stopped"))), 200)
+    assert api.rows(sealed, name=name) == [(0,)]
 
 
 def test_stopping_ends_the_manifests(api: Api, name: str) -> None:

@@ -23,6 +23,7 @@ WITHOUT_TENANT = {
     "resource_versions": "the tenant is the first four bytes of `key`",
     "resource_types": "names of type numbers, the same for everybody",
     "fleet_workers": "nodes serve every tenant",
+    "sweeps": "so do they",
 }
 
 UPGRADE_ON_CALL = """

@@ -14,25 +14,29 @@ from typing import Any
 import pytest
 import redis
 
+import celeryconfig
+from devstack.servers import free_port
 from devstack.stack import wait_until
-from schema import files, fleet, leases
+from schema import files, fleet, leases, sweeps
 from schema.database import DATABASE_ERRORS
 from schema.files import PlannedFile
 from schema.leases import Progress
 from settings import Settings
+from submit_tasks.app import app
+from submit_tasks.sweeps import SWEEPS
 from tests.support.stage import Stage
 
 HELD = "SELECT worker_id FROM steps WHERE worker_id IS NOT NULL ORDER BY id"
-SWEEP = "from submit_tasks.tasks import sweep_leases; sweep_leases()"
+SWEEP = "from submit_tasks.sweeps import sweep_leases; sweep_leases()"
 SWEEP_BESIDE_ANOTHER = """
 from schema import leases
 from schema.database import create_engine
 from settings import settings
-from submit_tasks.tasks import SWEEP_LOCK, sweep_leases
+from submit_tasks.sweeps import LOCKS, sweep_leases
 
 engine = create_engine(settings(), application="other sweep", pooled=False)
 with engine.connect() as other, other.begin():
-    assert leases.only_one(other, SWEEP_LOCK)
+    assert leases.only_one(other, LOCKS["leases"])
     sweep_leases()
 """
 
@@ -202,3 +206,29 @@ def test_a_sweep_beside_another_does_nothing(stage: Stage, sweeper: Sweeper) -> 
     sweeper.run(SWEEP_BESIDE_ANOTHER)
     assert stage.dump() == before
     assert sweeper.ids() == []
+
+
+def test_a_sweep_leaves_its_report(stage: Stage, sweeper: Sweeper) -> None:
+    stage.expire(stage.ingest_lease())
+    fleet.report(stage.connection, "node@host", 1, 3, started=True)
+    sweeper.run()
+    with stage.connection.begin():
+        [record] = sweeps.records(stage.connection)
+    assert (record.name, record.failures) == ("leases", 0)
+    assert record.report == {"expired": 1, "slots": 3, "due": 1, "called": 1, "more": 0}
+
+
+def test_without_a_broker_leases_are_cleared_and_nobody_is_called(stage: Stage) -> None:
+    stage.expire(stage.ingest_lease())
+    Sweeper(stage, f"redis://127.0.0.1:{free_port()}/0").run()
+    assert stage.rows(HELD) == []
+    assert stage.rows("SELECT report ->> 'called', failures FROM sweeps") == [("0", 0)]
+
+
+def test_every_sweep_is_scheduled_on_its_own_queue_and_dropped_when_the_next_is_due() -> None:
+    app.loader.import_default_modules()
+    schedule = celeryconfig.beat_schedule.values()
+    assert {entry["task"] for entry in schedule} == {f"submit_tasks.sweep_{name}" for name in SWEEPS}
+    assert {entry["task"] for entry in schedule} <= set(app.tasks)
+    for entry in schedule:
+        assert entry["options"] == {"queue": "sweeps", "expires": entry["schedule"].total_seconds()}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
 import sqlalchemy as sa
 
+from devstack.stack import wait_until
 from schema import files, leases, submissions
 from schema.database import create_engine
 from schema.files import PlannedFile
@@ -34,10 +37,10 @@ def lines_of(*lines: bytes) -> Iterator[Block]:
 class Stage:
     """One connection to a migrated database, with a submitter of the default tenant."""
 
-    def __init__(self, settings: Settings, *, submitter: str = "north") -> None:
+    def __init__(self, settings: Settings, *, submitter: str = "north", application: str = "test stage") -> None:
         self.settings = settings
         self._submitter = submitter
-        self._engine = create_engine(settings, application="test stage", pooled=False)
+        self._engine = create_engine(settings, application=application, pooled=False)
 
     def __enter__(self) -> Self:
         self.connection = self._engine.connect()
@@ -121,18 +124,52 @@ class Stage:
         [batch] = self.reader(lease).batches(lines_of(*lines), lease.cursor_bytes, lease.cursor_lines + 1)
         return write_batch(self.connection, lease, batch, Origins(lease), by_key=False, lease_seconds=30)
 
+    def renew(self, lease: Lease) -> leases.Orders:
+        """A heartbeat."""
+        with self.connection.begin():
+            return leases.renew(self.connection, lease, 30)
+
+    def revoke(self, manifest_id: int, status: str = "stopped") -> list[int]:
+        """End the manifest's submission's live manifests, in one transaction."""
+        with self.connection.begin():
+            row = self.connection.execute(
+                sa.text("""SELECT s.submitter_id, s.submission_id FROM submissions s
+                           JOIN manifests m ON m.tenant_id = s.tenant_id AND m.submission_id = s.id
+                           WHERE m.id = :id"""),
+                {"id": manifest_id},
+            ).one()
+            submission = submissions.find_submission(self.connection, self.tenant_id, *row)
+            assert submission is not None
+            return submissions.revoke(self.connection, submission, status)
+
     def dump(self) -> dict[str, list[str]]:
         """Every row of every table."""
-        return {
-            table: sorted(row for (row,) in self.rows(f"SELECT row::text FROM {table} row"))
-            for table in metadata.tables
-        }
+        tables = " UNION ALL ".join(f"SELECT '{table}', row::text FROM {table} row" for table in metadata.tables)
+        found: dict[str, list[str]] = {table: [] for table in metadata.tables}
+        for table, row in self.rows(f"{tables} ORDER BY 1, 2"):
+            found[table].append(row)
+        return found
+
+    def clear(self) -> None:
+        """Forget everything but tenants and submitters. For tests that share a database; numbers go on."""
+        kept = ("tenants", "submitters", "resource_types")
+        with self.connection.begin():
+            for table in reversed(metadata.sorted_tables):
+                if table.name not in kept:
+                    self.connection.execute(table.delete())
 
     def waits_for_lock(self, application: str) -> bool:
         """Whether a session of that application name waits for a lock that another one holds."""
         query = """SELECT 1 FROM pg_stat_activity WHERE datname = current_database()
                    AND application_name LIKE :name AND wait_event_type = 'Lock'"""
         return bool(self.rows(query, name=application))
+
+    def waits_for(self, waiter: str, holder: str) -> bool:
+        """Whether the session of the one application name waits for a lock of the other's."""
+        query = """SELECT 1 FROM pg_stat_activity w JOIN pg_stat_activity h ON h.pid = ANY(pg_blocking_pids(w.pid))
+                   WHERE w.datname = current_database() AND w.wait_event_type = 'Lock'
+                     AND w.application_name = :waiter AND h.application_name = :holder"""
+        return bool(self.rows(query, waiter=waiter, holder=holder))
 
     def other_tenant(self) -> int:
         """The id of a second tenant."""
@@ -148,3 +185,58 @@ class Stage:
         """What a query finds."""
         with self.connection.begin():
             return [tuple(row) for row in self.connection.execute(sa.text(query), parameters)]
+
+
+COMMIT = sa.text("COMMIT")
+"""For `Actor.begin`: the point just before the first COMMIT."""
+
+
+class Actor:
+    """A session with a thread of its own, which stops inside its transaction where a test wants it to."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        self.name = name
+        self.stage = Stage(settings, application=name)
+        self._pool = ThreadPoolExecutor(1)
+        self._stop_at: sa.TextClause | None = None
+        self._stopped = threading.Event()
+        self._go = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.stage.__enter__()
+        sa.event.listen(self.stage.connection, "after_cursor_execute", self._after)
+        sa.event.listen(self.stage.connection, "commit", self._before_commit)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._go.set()
+        self._pool.shutdown()
+        self.stage.__exit__()
+
+    def begin(self, operation: Callable[[Stage], Any], *, stop_after: sa.TextClause | None = None) -> Future[Any]:
+        """Do it in the thread; with `stop_after`, return once that statement of it has been executed."""
+        self._go.clear()
+        self._stopped.clear()
+        self._stop_at = stop_after
+        future = self._pool.submit(operation, self.stage)
+        if stop_after is not None:
+            wait_until(lambda: self._stopped.is_set() or future.done(), f"{self.name} is where it is to stop")
+            assert self._stopped.is_set(), f"{self.name} never came there"
+        return future
+
+    def go(self) -> None:
+        """Go on from where it stopped."""
+        self._go.set()
+
+    def _after(self, *arguments: Any) -> None:
+        if arguments[4].invoked_statement is self._stop_at:
+            self._wait()
+
+    def _before_commit(self, _: sa.Connection) -> None:
+        if self._stop_at is COMMIT:
+            self._wait()
+
+    def _wait(self) -> None:
+        self._stop_at = None
+        self._stopped.set()
+        assert self._go.wait(30), f"{self.name} was left where it stopped"

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import sqlalchemy as sa
 import structlog
@@ -27,6 +26,7 @@ from workers.receipts.outcomes import file_name, line_outcome, outcome, problem_
 from workers.receipts.parts import Part, Receipt, ReceiptName
 from workers.receipts.reconciliation import Tally, file_as_json, problems_as_json
 from workers.receipts.render import json_text, render_batch
+from workers.receipts.spool import spool
 from workers.urls import public_url
 
 log = structlog.get_logger(__name__)
@@ -48,10 +48,7 @@ def publish(
     """
     with connection.begin():
         manifest = manifest_view(connection, lease.tenant_id, lease.manifest_id)
-    with (
-        TemporaryDirectory(prefix="receipts-", dir=settings.spool_directory or None) as directory,
-        ExitStack() as cleanup,
-    ):
+    with spool(settings) as directory, ExitStack() as cleanup:
         publication = _Publication(connection, lease, settings, store, alive, manifest, Path(directory), cleanup)
         status = publication.write()
     alive()

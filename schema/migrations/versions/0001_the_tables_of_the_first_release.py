@@ -125,7 +125,7 @@ def upgrade() -> None:
         ),
         comment="One row per committed batch. results: what became of each line, packed (schema/results.py).",
     )
-    op.create_index("ingest_batches_manifest_idx", "ingest_batches", ["tenant_id", "manifest_id"], unique=False)
+    op.create_index("ingest_batches_manifest_idx", "ingest_batches", ["tenant_id", "manifest_id", "id"], unique=False)
     op.create_table(
         "lease_events",
         sa.Column("tenant_id", sa.Integer(), nullable=False),
@@ -162,6 +162,16 @@ def upgrade() -> None:
         sa.Column("body", sa.Text(), nullable=True),
         sa.PrimaryKeyConstraint("key", "seq", name=op.f("resource_versions_pkey")),
         comment="The store and its history, append-only. key: tenant (4 bytes) | type (2) | hash of the id (10).",
+    )
+    op.create_table(
+        "sweeps",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("finished_at", sa.TIMESTAMP(timezone=True), nullable=True),
+        sa.Column("seconds", sa.Double(), nullable=True),
+        sa.Column("report", postgresql.JSONB(astext_type=sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column("failures", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("sweeps_pkey")),
+        comment="The last run of each sweep that ended well, and how many have failed since.",
     )
     op.create_table(
         "tenants",
@@ -217,6 +227,8 @@ def upgrade() -> None:
             "updated_at", sa.TIMESTAMP(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False
         ),
         sa.Column("completed_at", sa.TIMESTAMP(timezone=True), nullable=True),
+        sa.Column("expired_at", sa.TIMESTAMP(timezone=True), nullable=True),
+        sa.Column("expiry_failed_at", sa.TIMESTAMP(timezone=True), nullable=True),
         sa.CheckConstraint("status IN ('in-progress', 'completed', 'stopped')", name=op.f("submissions_status_check")),
         sa.ForeignKeyConstraint(
             ["tenant_id", "submitter_id"],
@@ -230,6 +242,21 @@ def upgrade() -> None:
             "submission_id",
             name=op.f("submissions_tenant_id_submitter_id_submission_id_key"),
         ),
+        comment="expired_at: all that it was told is deleted. expiry_failed_at: the artifact store did not let it go.",
+    )
+    op.create_index(
+        "submissions_ended_idx",
+        "submissions",
+        ["completed_at"],
+        unique=False,
+        postgresql_where=sa.text("expired_at IS NULL"),
+    )
+    op.create_index(
+        "submissions_open_idx",
+        "submissions",
+        ["updated_at"],
+        unique=False,
+        postgresql_where=sa.text("status = 'in-progress'"),
     )
     op.create_table(
         "manifests",
@@ -259,6 +286,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("tenant_id", "id", name=op.f("manifests_pkey")),
         comment="problems: manifest-level errors ({code, diagnostics}). kickoff_digest: tells a repeated request.",
     )
+    op.create_index("manifests_submission_idx", "manifests", ["tenant_id", "submission_id"], unique=False)
     op.create_index(
         "manifests_url_key",
         "manifests",
@@ -306,6 +334,7 @@ def upgrade() -> None:
         sa.Column(
             "created_at", sa.TIMESTAMP(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False
         ),
+        sa.Column("removal_failed_at", sa.TIMESTAMP(timezone=True), nullable=True),
         sa.CheckConstraint(
             "type IN ('output', 'outcome', 'deleted', 'ledger', 'summary')", name=op.f("artifacts_type_check")
         ),
@@ -320,6 +349,13 @@ def upgrade() -> None:
     )
     op.create_index("artifacts_manifest_idx", "artifacts", ["tenant_id", "manifest_id"], unique=False)
     op.create_index("artifacts_submission_idx", "artifacts", ["tenant_id", "submission_id"], unique=False)
+    op.create_index(
+        "artifacts_unpublished_idx",
+        "artifacts",
+        ["created_at"],
+        unique=False,
+        postgresql_where=sa.text("NOT published"),
+    )
     op.create_table(
         "fetch_parameters",
         sa.Column("tenant_id", sa.Integer(), nullable=False),
@@ -446,16 +482,21 @@ def downgrade() -> None:
     op.drop_table("steps")
     op.drop_table("manifest_files")
     op.drop_table("fetch_parameters")
+    op.drop_index("artifacts_unpublished_idx", table_name="artifacts", postgresql_where=sa.text("NOT published"))
     op.drop_index("artifacts_submission_idx", table_name="artifacts")
     op.drop_index("artifacts_manifest_idx", table_name="artifacts")
     op.drop_table("artifacts")
     op.drop_index("poll_tokens_expiry_idx", table_name="poll_tokens")
     op.drop_table("poll_tokens")
     op.drop_index("manifests_url_key", table_name="manifests", postgresql_where=sa.text("status <> 'replaced'"))
+    op.drop_index("manifests_submission_idx", table_name="manifests")
     op.drop_table("manifests")
+    op.drop_index("submissions_open_idx", table_name="submissions", postgresql_where=sa.text("status = 'in-progress'"))
+    op.drop_index("submissions_ended_idx", table_name="submissions", postgresql_where=sa.text("expired_at IS NULL"))
     op.drop_table("submissions")
     op.drop_table("submitters")
     op.drop_table("tenants")
+    op.drop_table("sweeps")
     op.drop_table("resource_versions")
     op.drop_table("resource_types")
     op.drop_index("lease_events_manifest_idx", table_name="lease_events")
