@@ -1,4 +1,4 @@
-.PHONY: setup demo test lint lock clean
+.PHONY: setup demo test chaos lint lock clean
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -16,6 +16,9 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -q -m "not chaos"
+
+chaos: setup
+	$(BIN)/pytest -q -m chaos
 
 lint: setup
 	$(BIN)/ruff check .

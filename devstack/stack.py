@@ -10,9 +10,8 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Self
 
@@ -21,7 +20,7 @@ import requests
 from cryptography.fernet import Fernet
 from jwcrypto.jwk import JWK, JWKSet
 
-from devstack.servers import EmbeddedPostgres, EmbeddedRedis, end_with_parent, free_port
+from devstack.servers import EmbeddedPostgres, EmbeddedRedis, OwnedDirectory, end_with_parent, free_port
 from schema import submissions
 from schema.database import create_engine
 from schema.upgrade import upgrade
@@ -98,20 +97,31 @@ class Child:
 
 
 class Stack:
-    """Servers, API, workers, sweeper, beat and Flower. Use as a context; `settings` is what its processes see."""
+    """Servers, API, workers, sweeper, beat and Flower. Use as a context; `settings` is what its processes see.
 
-    def __init__(self, *, overrides: Mapping[str, str] | None = None) -> None:
+    Ports not given are free ones.
+    """
+
+    def __init__(
+        self,
+        *,
+        overrides: Mapping[str, str] | None = None,
+        api_port: int | None = None,
+        flower_port: int | None = None,
+    ) -> None:
         self._exits = contextlib.ExitStack()
         self._overrides = dict(overrides or {})
+        self._ports = api_port, flower_port
         self.children: list[Child] = []
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as exits:
             self.postgres = exits.enter_context(EmbeddedPostgres())
             self.redis = exits.enter_context(EmbeddedRedis())
-            self.directory = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="bulk-submit-stack-")))
+            self.directory = exits.enter_context(OwnedDirectory("stack"))
+            (self.directory / "tmp").mkdir()
             exits.callback(self._stop_children)
-            self.api_port, self.flower_port = free_port(), free_port()
+            self.api_port, self.flower_port = (port or free_port() for port in self._ports)
             keys = JWKSet()
             keys.add(JWK.generate(kty="EC", crv="P-256", use="enc", kid="stack-enc"))
             self.environment = {
@@ -121,6 +131,7 @@ class Stack:
                 "BULK_SUBMIT_PUBLIC_URL": f"http://127.0.0.1:{self.api_port}",
                 "BULK_SUBMIT_SEALING_KEYS": Fernet.generate_key().decode(),
                 "BULK_SUBMIT_PRIVATE_JWKS": keys.export(private_keys=True),
+                "TMPDIR": str(self.directory / "tmp"),
                 **self._overrides,
             }
             self.settings = Settings(
@@ -151,9 +162,16 @@ class Stack:
             submissions.add_submitter(connection, tenant_id, system, value, ignore_meta=False)
         engine.dispose()
 
-    def run(self, name: str, *arguments: str) -> Child:
-        """Start a `bulk-submit` command as a process of the stack."""
-        child = Child(name, [sys.executable, "-m", "cli", *arguments], self.directory / f"{name}.log", self.environment)
+    def run(
+        self, name: str, *arguments: str, environment: Mapping[str, str] | None = None, module: Sequence[str] = ("cli",)
+    ) -> Child:
+        """Start a `bulk-submit` command as a process of the stack.
+
+        `environment` adds to the stack's own. `module` is what Python runs, with arguments of its own before the
+        command: the command line, or a module that runs it.
+        """
+        command = [sys.executable, "-m", *module, *arguments]
+        child = Child(name, command, self.directory / f"{name}.log", {**self.environment, **(environment or {})})
         self.children.append(child)
         return child
 
@@ -162,10 +180,18 @@ class Stack:
         child = self.run("api", "api", "--port", str(self.api_port))
         return lambda: self._wait_for(child, lambda: _answers(f"{self.settings.public_url}/healthz"))
 
-    def launch_worker(self, name: str, *, slots: int = 1) -> Callable[[], None]:
-        """Start a worker node; the function returned waits until the fleet knows it."""
-        child = self.run(name, "worker", "--name", name, "--slots", str(slots))
-        return lambda: self._wait_for(child, lambda: self._knows(name))
+    def launch_worker(
+        self,
+        name: str,
+        *,
+        slots: int = 1,
+        environment: Mapping[str, str] | None = None,
+        module: Sequence[str] = ("cli",),
+    ) -> Callable[[], None]:
+        """Start a worker node (see `run`); the function returned waits until the fleet knows it."""
+        arguments = ("worker", "--name", name, "--slots", str(slots))
+        child = self.run(name, *arguments, environment=environment, module=module)
+        return lambda: self._wait_for(child, lambda: self._knows(child))
 
     def launch_flower(self) -> Callable[[], None]:
         """Start Flower; the function returned waits until it answers."""
@@ -197,12 +223,18 @@ class Stack:
                 raise NotReady(f"{child.name} did not get ready:\n{child.tail()}")
             time.sleep(0.05)
 
-    def _knows(self, name: str) -> bool:
+    def _knows(self, child: Child) -> bool:
         with psycopg.connect(self.settings.database_url) as connection:
-            query = "SELECT 1 FROM fleet_workers WHERE name LIKE %s"
-            return connection.execute(query, (f"{name}@%",)).fetchone() is not None
+            query = "SELECT 1 FROM fleet_workers WHERE name LIKE %s AND pid = %s"
+            return connection.execute(query, (f"{child.name}@%", child.process.pid)).fetchone() is not None
 
     def _stop_children(self) -> None:
+        for child in self.children:
+            if child.running:
+                child.process.terminate()
+        for child in self.children:
+            if child.running:
+                child.process.terminate()
         for child in reversed(self.children):
             child.stop()
 
