@@ -62,12 +62,12 @@ _PERIODS = {
     "orphans": _settings.retention_sweep_seconds,
     "logs": _settings.retention_sweep_seconds,
 }
-# A sweep that waited for its whole period is dropped: the next one stands behind it already.
+# Without an expiry, which Celery would compare with the wall clock of the sweeper's host: Postgres alone is trusted.
 beat_schedule = {
     f"sweep-{name}": {
         "task": f"submit_tasks.sweep_{name}",
         "schedule": timedelta(seconds=seconds),
-        "options": {"queue": SWEEPS, "expires": seconds},
+        "options": {"queue": SWEEPS},
     }
     for name, seconds in _PERIODS.items()
 }

@@ -263,8 +263,8 @@ class _Link:
             self._drop_answer = trigger
             return True
         if trigger.act is Act.CUT_BEFORE:
-            self.end()
             trigger.fired.append(fired)
+            self.end()
             return False
         self._unheld.clear()
         trigger.fired.append(fired)
@@ -277,8 +277,8 @@ class _Link:
             while data := self._server.recv(CHUNK):
                 self._unheld.wait()
                 if self._drop_answer is not None:
-                    self.end()
                     self._drop_answer.fired.append(Fired(self._application, time.time()))
+                    self.end()
                     return
                 self._client.sendall(data)
         self._unheld.wait()

@@ -200,7 +200,7 @@ class Stack:
 
     def launch_sweeps(self) -> None:
         """Start beat, and the small worker that takes nothing but sweeps."""
-        self.run("sweeper", "worker", "--name", "sweeper", "--slots", "1", "--queues", "sweeps")
+        self.run("sweeper", "worker", "--name", "sweeper", "--slots", "2", "--queues", "sweeps")
         self.run("beat", "beat")
 
     def start(self, *, workers: int = 2, flower: bool = True) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 
 import obstore
@@ -48,16 +49,19 @@ def _store_errors(what: str) -> Iterator[None]:
 class ArtifactStore:
     """The objects under one URL: file://, s3://, gs:// or az://. A local directory is made when it is missing.
 
-    Paths are relative to the URL, with slashes. Not to be carried across a fork. Raises `ArtifactStoreError`.
+    Paths are relative to the URL, with slashes. The store is opened when it is first used; from then on, not to be
+    carried across a fork. Methods raise `ArtifactStoreError`.
     """
 
     def __init__(self, url: str) -> None:
-        self._store: ObjectStore
+        self._url = url
+
+    @cached_property
+    def _store(self) -> ObjectStore:
         with _store_errors("open the artifact store"):
-            if url.startswith("file:"):
-                self._store = LocalStore.from_url(url, mkdir=True)
-            else:
-                self._store = from_url(url, client_options={"timeout": _TRANSFER_TIMEOUT})
+            if self._url.startswith("file:"):
+                return LocalStore.from_url(self._url, mkdir=True)
+            return from_url(self._url, client_options={"timeout": _TRANSFER_TIMEOUT})
 
     def write(self, path: str, local_file: Path, alive: Callable[[], None]) -> None:
         """Store the file under `path`; raises `ArtifactStoreError` if there is an object already.

@@ -240,8 +240,7 @@ def two_beats(trial: Trial) -> None:
     query = "SELECT step_id, fencing_token FROM lease_events WHERE tenant_id = %s AND event = 'expired'"
     expired = trial.rig.rows(query, trial.tenant_id)
     trial.expect(len(set(expired)) == len(expired), "a lease expired twice")
-    for name in ("sweeper", SECOND_SWEEPER):
-        trial.wait(lambda name=name: trial.swept(name), f"{name} sweeps")
+    trial.wait(lambda: trial.swept(SECOND_SWEEPER) and trial.swept("sweeper"), "both sweepers sweep")
 
 
 @contextlib.contextmanager

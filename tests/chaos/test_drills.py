@@ -8,14 +8,9 @@ from _pytest.mark import ParameterSet
 from devstack.drills.catalogue import DRILLS, Drill, run
 from devstack.drills.rig import Rig
 
-FAILING = {"clock-skew": "a sweeper whose clock is ahead drops every sweep: beat's messages expire by wall clock"}
-
 
 def _marked(drill: Drill) -> ParameterSet:
-    marks = [] if drill.quick else [pytest.mark.chaos]
-    if drill.name in FAILING:
-        marks.append(pytest.mark.xfail(reason=FAILING[drill.name], strict=True))
-    return pytest.param(drill, id=drill.name, marks=marks)
+    return pytest.param(drill, id=drill.name, marks=[] if drill.quick else [pytest.mark.chaos])
 
 
 @pytest.mark.parametrize("drill", [_marked(drill) for drill in DRILLS])
