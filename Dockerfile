@@ -1,9 +1,9 @@
 FROM python:3.13-slim AS build
 WORKDIR /src
-COPY requirements.lock pyproject.toml README.md ./
+COPY requirements-runtime.lock pyproject.toml README.md ./
 COPY client client
 RUN python -m venv /app \
-    && /app/bin/pip install --no-cache-dir --require-hashes --requirement requirements.lock
+    && /app/bin/pip install --no-cache-dir --require-hashes --requirement requirements-runtime.lock
 COPY settings.py celeryconfig.py ./
 COPY schema schema
 COPY workers workers

@@ -24,15 +24,18 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	POSTGRES_PASSWORD=- BULK_SUBMIT_SEALING_KEYS=- $(BIN)/docker-compose --file docker-compose.yml config --quiet
+	POSTGRES_PASSWORD=- BULK_SUBMIT_SEALING_KEYS=- FLOWER_BASIC_AUTH=- \
+	  $(BIN)/docker-compose --file docker-compose.yml config --quiet
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	$(BIN)/hadolint Dockerfile
 
+COMPILE := $(BIN)/uv pip compile pyproject.toml client/pyproject.toml --universal --python-version 3.11 \
+  --generate-hashes --no-emit-package bulk-submit-client --no-annotate --no-header --quiet
+
 lock: setup
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml client/pyproject.toml --all-extras --group pyproject.toml:dev --universal \
-	  --python-version 3.11 --generate-hashes --no-emit-package bulk-submit-client --no-annotate --no-header --quiet \
-	  --output-file requirements.lock
+	$(COMPILE) --all-extras --group pyproject.toml:dev --output-file requirements.lock
+	$(COMPILE) --constraint requirements.lock --output-file requirements-runtime.lock
 
 clean:
 	rm -rf .venv build dist *.egg-info client/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ from typing import Any
 from bulk_submit_client import Report, SubmitClient, Submitter
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cli.display import ProgressDisplay
 from devstack.generator import SampleSet, bad_lines, expected_store, generate
+from devstack.servers import OwnedDirectory
 from devstack.stack import Child, Stack
 from devstack.verify import differences
 
@@ -38,8 +39,8 @@ class Demo:
 
     def run(self) -> bool:
         """Whether every figure reconciled."""
-        with tempfile.TemporaryDirectory(prefix="bulk-submit-demo-") as directory, Stack(overrides=SETTINGS) as stack:
-            served = Path(directory) / "served"
+        with OwnedDirectory("demo") as directory, Stack(overrides=SETTINGS) as stack:
+            served = directory / "served"
             served.mkdir()
             self._console.print(f"Making {self._resources:,} resources ...")
             samples = generate(served, self._resources)
@@ -58,12 +59,12 @@ class Demo:
             )
             try:
                 url = provider.output.readline().decode().strip()
-                report, receipts = self._submit(stack, url, Path(directory) / "receipts")
+                report, receipts = self._submit(stack, url, directory / "receipts")
             finally:
                 provider.stop()
             self._check(stack, samples, served, bad, report, receipts)
         for fault in self._faults:
-            self._console.print(f"[red]{fault}[/red]")
+            self._console.print(fault, style="red", markup=False, soft_wrap=True)
         self._console.print(
             "[red]The figures do not reconcile.[/red]" if self._faults else "[green]Every figure reconciles.[/green]"
         )
@@ -93,6 +94,10 @@ class Demo:
         ledger = [path for path in receipts if path.name.startswith("ledger")]
         self._check_ledger(ledger, lines, len(expected), len(bad))
         self._show_reconciliation(reconciliation)
+        declared = sum(file.lines for file in samples.files)
+        totals = {"declaredCount": declared, "lines": lines, "stored": len(expected), "failed": len(bad)}
+        for name, figure in totals.items():
+            self._expect(f"{name} in the reconciliation", reconciliation["total"][name], figure)
         self._show_failures(receipts, bad)
         written = sum(item["count"] for item in report.manifest.get("output", []))
         self._expect("versions in the output receipts", written, len(expected))
@@ -111,15 +116,15 @@ class Demo:
         self._expect("lines created", actions["created"], stored)
         self._expect("lines failed", actions["failed"], failed)
 
-    def _expect(self, what: str, found: int, expected: int) -> None:
+    def _expect(self, what: str, found: int | None, expected: int) -> None:
         if found != expected:
-            self._faults.append(f"{what}: {found:,}, not {expected:,}")
+            self._faults.append(f"{what}: {_figure(found) or 'none'}, not {expected:,}")
 
     def _show_reconciliation(self, document: dict[str, Any]) -> None:
         table = Table("file", "declared", "lines", "stored", "failed", "bytes", title="Reconciliation")
         for file in [*document["files"], {"file": "total", **document["total"]}]:
             table.add_row(
-                str(file["file"]).rsplit("/", 1)[-1],
+                Text(str(file["file"]).rsplit("/", 1)[-1]),
                 *(_figure(file.get(name)) for name in ("declaredCount", "lines", "stored", "failed", "bytes")),
             )
         self._console.print(table)
@@ -133,10 +138,8 @@ class Demo:
                     errors += [issue["details"]["text"] for issue in issues if issue["severity"] == "error"]
         self._console.print(f"{len(errors)} errors in the outcome receipts, among them:")
         missing = [text for text in errors if MISSING_FILE in text and "404" in text]
-        for text in [text for text in errors if text not in missing][:SHOWN]:
-            self._console.print(f"  {text}")
-        for text in missing:
-            self._console.print(f"  {text}")
+        for text in [text for text in errors if text not in missing][:SHOWN] + missing:
+            self._console.print(f"  {text}", markup=False, soft_wrap=True)
         self._expect("errors in the outcome receipts", len(errors), len(bad) + 1)
         self._expect("errors that name the missing file", len(missing), 1)
 

@@ -12,6 +12,7 @@ app = typer.Typer(
 
 app.command()(stack.demo)
 app.command()(stack.up)
+app.command()(stack.sample)
 app.command()(stack.bench)
 app.command()(drills.drill)
 app.command()(processes.api)

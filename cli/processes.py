@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from pathlib import Path
 from typing import Annotated
 
 import typer
 import uvicorn
 
 from celeryconfig import KICKOFFS, MANIFESTS
+from cli.display import fail, reason
+from schema.database import DATABASE_ERRORS
 from schema.upgrade import upgrade
 from settings import settings
 from submit_tasks.app import app as celery_app
@@ -52,9 +52,7 @@ def worker(
 
 def beat() -> None:
     """Run the scheduler of the sweeps. A second one does no harm."""
-    with tempfile.TemporaryDirectory(prefix="bulk-submit-beat-") as directory:
-        schedule = str(Path(directory) / "schedule")
-        celery_app.start(["beat", "--loglevel", "INFO", "--schedule", schedule, "--pidfile="])
+    celery_app.start(["beat", "--loglevel", "INFO", "--scheduler", "celery.beat:Scheduler", "--pidfile="])
 
 
 def flower(
@@ -67,5 +65,8 @@ def flower(
 
 def migrate() -> None:
     """Bring the database to the present schema. Safe to run from many places at once."""
-    upgrade(settings().database_url)
+    try:
+        upgrade(settings().database_url)
+    except DATABASE_ERRORS as error:
+        fail(reason(error))
     typer.echo("The database is up to date.")

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any
 
 import typer
 from bulk_submit_client import Progress, Report, SubmitClient, SubmitError, Submitter
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from cli.display import ProgressDisplay
+from cli.display import ProgressDisplay, console, fail, reason, say
 from schema import submissions
-from schema.database import create_engine
+from schema.database import DATABASE_ERRORS, create_engine
 from settings import settings
 
-console = Console()
+SHOWN = 5
+ERRORS = ("fatal", "error")
 
 Base = Annotated[str, typer.Option("--base", envvar="BULK_SUBMIT_BASE", help="FHIR base URL of the consumer.")]
 System = Annotated[
@@ -47,36 +51,40 @@ def submit(
     try:
         for url in urls:
             client.submit(submission_id, url, fhir_base_url=fhir_base_url, headers=headers)
-            console.print(f"accepted {url}")
+            say(f"accepted {url}")
         if not leave_open:
             client.complete(submission_id)
     except SubmitError as error:
-        _fail(error)
+        fail(error)
 
 
 def watch(submission_id: SubmissionId, base: Base, system: System, value: Value) -> None:
-    """Follow a submission until it has ended, then show what became of it."""
+    """Follow a submission until it has ended, then show what became of it. Exits 1 if a manifest failed."""
     client = _client(base, system, value)
     try:
         with ProgressDisplay(console, submission_id) as display:
             report = client.wait(submission_id, on_progress=display.update)
-        show_report(report)
+        complete = show_report(client, report)
     except SubmitError as error:
-        _fail(error)
+        fail(error)
+    raise typer.Exit(0 if complete else 1)
 
 
 def status(submission_id: SubmissionId, base: Base, system: System, value: Value) -> None:
-    """Say how far a submission is."""
+    """Say how far a submission is, or what became of it. Exits 1 if a manifest failed."""
+    client = _client(base, system, value)
+    complete = True
     try:
-        handle = _client(base, system, value).status(submission_id)
+        handle = client.status(submission_id)
         answer = handle.poll()
+        if isinstance(answer, Progress):
+            say(answer.text)
+        else:
+            complete = show_report(client, answer)
         handle.delete()
     except SubmitError as error:
-        _fail(error)
-    if isinstance(answer, Progress):
-        console.print(answer.text)
-    else:
-        show_report(answer)
+        fail(error)
+    raise typer.Exit(0 if complete else 1)
 
 
 def ledger(submission_id: SubmissionId, base: Base, system: System, value: Value) -> None:
@@ -85,13 +93,13 @@ def ledger(submission_id: SubmissionId, base: Base, system: System, value: Value
     try:
         answer = client.status(submission_id).poll()
         if isinstance(answer, Progress):
-            _fail(f"the submission is not finished yet: {answer.text}")
+            fail(f"the submission is not finished yet: {answer.text}")
         with tempfile.TemporaryDirectory() as directory:
             for path in client.download(answer, Path(directory), kinds=("ledger",)):
                 with path.open() as lines:
                     sys.stdout.writelines(lines)
     except SubmitError as error:
-        _fail(error)
+        fail(error)
 
 
 @submitters.command("add")
@@ -104,30 +112,53 @@ def add_submitter(
     ] = False,
 ) -> None:
     """Register a submitter, or change its settings. Talks to the database."""
-    engine = create_engine(settings(), application="bulk-submit submitter", pooled=False)
-    with engine.begin() as connection:
-        tenant_id = submissions.add_tenant(connection, tenant)
-        submissions.add_submitter(connection, tenant_id, system, value, ignore_meta=ignore_meta)
+    try:
+        engine = create_engine(settings(), application="bulk-submit submitter", pooled=False)
+        with engine.begin() as connection:
+            tenant_id = submissions.add_tenant(connection, tenant)
+            submissions.add_submitter(connection, tenant_id, system, value, ignore_meta=ignore_meta)
+    except DATABASE_ERRORS as error:
+        fail(reason(error))
     engine.dispose()
-    console.print(f"{system}|{value} may submit to tenant {tenant}")
+    say(f"{system}|{value} may submit to tenant {tenant}")
 
 
-def show_report(report: Report) -> None:
-    """The status manifest as tables."""
+def show_report(client: SubmitClient, report: Report) -> bool:
+    """Print receipts, failures and the first errors; returns whether no manifest failed. Raises `SubmitError`."""
     table = Table("receipt", "type", "lines", "bytes", "severities")
-    for kind in ("output", "deleted", "outcome"):
-        for item in report.manifest.get(kind, []):
-            severities = ", ".join(f"{entry['count']} {entry['code']}" for entry in item.get("countSeverity", []))
-            table.add_row(
-                kind, item.get("type", ""), f"{item.get('count', 0):,}", f"{item.get('fileSize', 0):,}", severities
-            )
+    for kind, item in report.files(("output", "deleted", "outcome")):
+        severities = ", ".join(f"{entry['count']} {entry['code']}" for entry in item.get("countSeverity", []))
+        figures = (f"{item.get('count', 0):,}", f"{item.get('fileSize', 0):,}")
+        table.add_row(*map(Text, (kind, item.get("type", ""), *figures, severities)))
     console.print(table)
+    manifests = _reconciliations(client, report)
+    failed = [manifest for manifest in manifests if manifest["status"] == "failed"]
+    for manifest in failed:
+        say(f"failed: {manifest['manifestUrl']}", style="red")
+    if lines := sum(manifest["total"]["failed"] for manifest in manifests):
+        say(f"{lines:,} {'line' if lines == 1 else 'lines'} failed", style="red")
+    # Those of manifests and files first: in the receipts they may stand after any number of those of lines.
+    problems = (problem["diagnostics"] for manifest in failed for problem in _problems(manifest))
+    for text in dict.fromkeys([*islice(problems, SHOWN), *islice(_errors(client, report), SHOWN)]):
+        say(f"  {text}")
+    return not failed
+
+
+def _reconciliations(client: SubmitClient, report: Report) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as directory:
+        paths = client.download(report, Path(directory), kinds=("reconciliation",))
+        return [json.loads(path.read_text()) for path in paths]
+
+
+def _problems(manifest: dict[str, Any]) -> Iterator[dict[str, str]]:
+    for part in (manifest, *manifest["files"]):
+        yield from (problem for problem in part["problems"] if problem["severity"] in ERRORS)
+
+
+def _errors(client: SubmitClient, report: Report) -> Iterator[str]:
+    for outcome in client.outcomes(report):
+        yield from (issue["details"]["text"] for issue in outcome["issue"] if issue["severity"] in ERRORS)
 
 
 def _client(base: str, system: str, value: str) -> SubmitClient:
     return SubmitClient(base, submitter=Submitter(system, value))
-
-
-def _fail(error: object) -> NoReturn:
-    console.print(f"[red]{error}[/red]")
-    raise typer.Exit(1)

@@ -12,7 +12,6 @@ import platform
 import statistics
 import struct
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from bulk_submit_client import SubmitClient, Submitter
 from rich.console import Console
 
 from devstack.generator import SampleSet, expected_store, generate
+from devstack.servers import OwnedDirectory
 from devstack.stack import Child, Stack
 from schema import submissions
 from schema.database import create_engine
@@ -57,8 +57,9 @@ class Run:
 
 def run(console: Console, *, resources: int, workers: list[int], lines_per_file: int, repeat: int) -> None:
     """Measure, and print a Markdown table."""
-    with tempfile.TemporaryDirectory(prefix="bulk-submit-bench-") as directory, Stack() as stack:
-        served = Path(directory)
+    with OwnedDirectory("bench") as directory, Stack() as stack:
+        served = directory / "served"
+        served.mkdir()
         console.print(f"Making {resources:,} resources ...")
         samples = generate(served, resources, lines_per_file=lines_per_file)
         rows = list(_copy_stream(expected_store(served, [file.name for file in samples.files])))

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import psycopg
@@ -23,6 +21,7 @@ from bulk_submit_client import Report, StatusHandle, SubmitClient, SubmitError, 
 from devstack.generator import generate
 from devstack.provider import Fault, SampleProvider
 from devstack.proxy import PostgresProxy
+from devstack.servers import OwnedDirectory
 from devstack.stack import Child, Stack, wait_until
 from schema import submissions
 from schema.database import create_engine
@@ -92,7 +91,7 @@ class Rig:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as exits:
-            self.directory = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="bulk-submit-drill-")))
+            self.directory = exits.enter_context(OwnedDirectory("drill"))
             served = self.directory / "served"
             served.mkdir()
             self.samples = generate(served, self.resources, lines_per_file=self._lines_per_file)

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 import redis
 
-from devstack.servers import EmbeddedPostgres, EmbeddedRedis, ServerNotStarted
+from devstack.servers import EmbeddedPostgres, EmbeddedRedis, OwnedDirectory, ServerNotStarted, free_port, is_free
 from devstack.stack import wait_until
 
 BOTH = """
@@ -26,6 +26,16 @@ from devstack.servers import EmbeddedPostgres, EmbeddedRedis
 with EmbeddedPostgres() as postgres, EmbeddedRedis() as redis:
     servers = [(server.pid, server.port, str(server.directory)) for server in (postgres, redis)]
     print(json.dumps(servers), flush=True)
+    sys.stdin.read()
+"""
+
+ONE = """
+import sys
+from devstack.servers import OwnedDirectory
+
+with OwnedDirectory("test") as directory:
+    (directory / "file").touch()
+    print(directory, flush=True)
     sys.stdin.read()
 """
 
@@ -135,3 +145,50 @@ def test_a_server_that_cannot_start_says_why_and_leaves_no_directory(monkeypatch
     with pytest.raises(ServerNotStarted, match="/bin/false did not start"), server:
         pass
     assert not server.directory.exists()
+
+
+def owner() -> tuple[subprocess.Popen[bytes], Path]:
+    """A process that keeps a directory until its input ends, and that directory."""
+    process = subprocess.Popen([sys.executable, "-c", ONE], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().decode().strip())
+
+
+def test_a_directory_goes_with_its_context() -> None:
+    with OwnedDirectory("test") as directory:
+        assert directory.name.startswith(f"bulk-submit-test-{os.getpid()}-")
+        (directory / "file").touch()
+    assert not directory.exists()
+
+
+def test_a_directory_of_a_process_that_was_killed_goes_when_the_next_is_made() -> None:
+    process, directory = owner()
+    with process:
+        process.kill()
+    assert (directory / "file").exists()
+    with OwnedDirectory("test"):
+        assert not directory.exists()
+
+
+def test_a_directory_in_use_is_kept_though_no_process_has_the_id_in_its_name() -> None:
+    process, directory = owner()
+    with process:
+        elsewhere = directory.rename(directory.with_name("bulk-submit-test-999999999-abc"))
+        with OwnedDirectory("test"):
+            assert (elsewhere / "file").exists()
+    with OwnedDirectory("test"):
+        assert not elsewhere.exists()
+
+
+def test_a_directory_of_a_server_that_still_runs_is_kept_when_its_starter_was_killed() -> None:
+    with EmbeddedRedis() as server:
+        server._owned._lock.close()
+        with OwnedDirectory("test"):
+            assert server.directory.is_dir()
+
+
+def test_a_port_is_free_until_somebody_listens_on_it() -> None:
+    port = free_port()
+    assert is_free(port)
+    with socket.create_server(("127.0.0.1", port)):
+        assert not is_free(port)
