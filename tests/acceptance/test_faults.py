@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 from pytest_celery import CeleryTestSetup, CeleryTestWorker
 
+from devstack.provider import Fault
 from tests.support.scene import Receipts, Scene, bulk_submit, patients
 from workers.audit import audit
 
@@ -71,6 +75,27 @@ def test_frozen_worker_changes_nothing_when_it_wakes(scene: Scene, celery_setup:
     assert _everything(scene) == before
     again = scene.run(scene.manifest(scene.serve("q.ndjson", patients(10, "q")), name="q.json"), "two")
     assert again.actions() == {"created": 10}
+
+
+def test_file_that_kills_its_workers_fails_and_the_rest_goes_on(scene: Scene) -> None:
+    good = patients(500, "good")
+    scene.provider.add(Fault(scene.serve("poison.ndjson", patients(500, "bad")), stall_after=100))
+    scene.submit(scene.manifest("poison.ndjson", scene.serve("good.ndjson", good)))
+    leased = (
+        "SELECT fencing_token, worker_id FROM steps JOIN manifest_files f ON f.id = file_id"
+        " WHERE steps.tenant_id = %(tenant)s AND url LIKE '%%poison.ndjson' AND worker_id IS NOT NULL"
+    )
+    for attempt in (1, 2, 3):
+        scene.wait_for(
+            lambda attempt=attempt: [token for token, _ in scene.rows(leased)] == [attempt], f"claim {attempt}"
+        )
+        [(_, worker)] = scene.rows(leased)
+        os.kill(int(worker.partition("/")[2].partition("-")[0]), signal.SIGKILL)
+    receipts = scene.wait()
+
+    assert receipts.texts == ["given up after 3 attempts that failed on our side"]
+    assert receipts.actions() == {"created": 500}
+    assert scene.differences(good) == []
 
 
 def test_sweep_alone_calls_for_hands(scene: Scene, celery_setup: CeleryTestSetup) -> None:
