@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     batch_bytes: int = Field(8 * MEBIBYTE, ge=1, description="Bytes of lines in one transaction.")
     max_line_bytes: int = Field(16 * MEBIBYTE, ge=1024, description="A longer line is an error of that line.")
     max_file_bytes: int = Field(1 << 40, ge=1, description="Decoded bytes of one file.")
-    max_manifest_bytes: int = Field(64 * MEBIBYTE, ge=1, description="Decoded bytes of one manifest page.")
+    max_manifest_bytes: int = Field(16 * MEBIBYTE, ge=1, description="Decoded bytes of one manifest page.")
     max_manifest_pages: int = Field(1000, ge=1, description="Pages that one manifest may link together.")
     max_manifest_files: int = Field(100_000, ge=1, description="Files on all pages of one manifest.")
     max_compression_ratio: int = Field(200, ge=2, description="Decoded over received bytes, past the first 16 MiB.")

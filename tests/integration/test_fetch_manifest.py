@@ -222,6 +222,58 @@ def test_files_of_all_pages_and_kinds_count_against_the_limit(provider: SamplePr
     assert (error.code, error.reason) == ("too-costly", "the manifest lists more than 4 files")
 
 
+def test_a_list_that_is_too_long_is_not_read_to_its_end(provider: SampleProvider) -> None:
+    document = {"output": [*({"url": str(number)} for number in range(11)), "no object"]}
+    assert refusal(provider, document, max_manifest_files=10).reason == "the manifest lists more than 10 files"
+    error = refusal(provider, document, max_manifest_files=11)
+    assert error.reason == f"{provider.url}/{PATH}: output[11] is not a JSON object"
+
+
+def test_what_a_page_holds_beside_the_known_fields_is_passed_over(provider: SampleProvider) -> None:
+    junk = {"extension": [{"x": [[], {}, None, 1e5, "\0"]}], "request": "http://a.test/$export", "OUTPUT": 5}
+    manifest = fetched(provider, {**junk, "output": [{**junk, "url": "1"}], "link": [{**junk, "relation": "self"}]})
+    assert [file.url for file in manifest.files] == [f"{provider.url}/out/1"]
+
+
+def test_text_as_long_as_it_may_be_is_accepted(provider: SampleProvider) -> None:
+    url = "http://a.test/".ljust(2048, "x")
+    escaped = "".join(f"\\u{ord(character):04x}" for character in url)
+    text = f'{{"outputOrganizedBy":"{"g" * 64}","output":[{{"url":"{escaped}","type":"{"t" * 64}"}}]}}'
+    [file] = fetched(provider, text.encode()).files
+    assert (file.url, file.organized_by) == (url, "g" * 64)
+
+
+@pytest.mark.parametrize(
+    ("document", "what"),
+    [
+        ({"output": [{"url": "http://a.test/".ljust(2049, "x")}]}, "output[0].url has more than 2,048 bytes"),
+        ({"output": [{"url": "http://a.test/" + "ä" * 1020}]}, "output[0].url has more than 2,048 bytes"),
+        ({"output": [{"url": "x" * 2040}]}, "output[0].url has more than 2,048 bytes"),
+        ({"output": [{"url": "x" * 200_000}]}, "output[0].url has more than 2,048 bytes"),
+        ({"deleted": [{"url": "1"}, {"url": "x" * 3000}]}, "deleted[1].url has more than 2,048 bytes"),
+        ({"output": [{"url": "1", "type": "x" * 65}]}, "output[0].type has more than 64 bytes"),
+        ({"output": [{"url": "1", "type": "x" * 200_000}]}, "output[0].type has more than 64 bytes"),
+        ({"outputOrganizedBy": "x" * 65}, "outputOrganizedBy has more than 64 bytes"),
+        ({"link": {"relation": "next", "url": "x" * 3000}}, "link[0].url has more than 2,048 bytes"),
+        ({"link": [{"relation": "self"}] * 101}, "link has more than 100 entries"),
+    ],
+)
+def test_more_than_may_be_is_refused_by_page_and_place(provider: SampleProvider, document: Any, what: str) -> None:
+    assert refusal(provider, document).reason == f"{provider.url}/{PATH}: {what}"
+
+
+@pytest.mark.parametrize("relation", [None, 5, ["next"], "x" * 3000])
+def test_a_link_of_another_relation_is_passed_over(provider: SampleProvider, relation: Any) -> None:
+    assert fetched(provider, {"link": [{"relation": relation, "url": 5}]}).pages == 1
+
+
+def test_notes_are_few_however_many_hints_are_ignored(provider: SampleProvider) -> None:
+    manifest = fetched(provider, {"output": [{"url": "1", "count": -1, "fileSize": "x"}] * 200})
+    assert len(manifest.notes) == 101
+    assert manifest.notes[99].endswith("output[49].fileSize is no count and was ignored")
+    assert manifest.notes[100] == "there are more counts that are none, and were ignored"
+
+
 def test_a_manifest_over_the_limit_of_bytes_is_refused(provider: SampleProvider) -> None:
     document = json.dumps({"output": []}).encode().ljust(500)
     assert fetched(provider, document, max_manifest_bytes=500).pages == 1
@@ -236,6 +288,20 @@ def test_what_is_not_json_is_refused_by_its_url(provider: SampleProvider, docume
     error = refusal(provider, document)
     assert error.code == "structure"
     assert error.reason.startswith(f"{provider.url}/{PATH} is not JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("document", "fault"),
+    [
+        (b'{"output":[]', "it ends too early"),
+        (b'{"output":[{"url":"1"},]}', "trailing comma in array (byte 23)"),
+        (b"[" * 100_000, "it is nested too deeply"),
+        (b'{"x":"\xff"}', "not UTF-8 at byte 6"),
+        (b'{"x":"\\ud800"}', "a \\u escape is half of a surrogate pair, the other half is missing (byte 6)"),
+    ],
+)
+def test_what_is_wrong_with_the_json_is_said(provider: SampleProvider, document: bytes, fault: str) -> None:
+    assert refusal(provider, document).reason == f"{provider.url}/{PATH} is not JSON: {fault}"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from schema.fhir_types import RESOURCE_TYPES, TYPE_NUMBERS
 from schema.results import Action, BatchBorder
+from settings import MEBIBYTE
 from workers.fetch.ndjson import blocks
 from workers.ingest.batch import PENDING, Batch
 from workers.ingest.lines import (
@@ -134,6 +135,7 @@ def patient(inner: bytes) -> bytes:
         patient(b'"x":' + b"[" * 90 + b"]" * 90),
         patient(b'"id":"b"'),
         patient(b'"text":"\\\\u0000"'),
+        patient(b'"text":"' + b"\\" * 40 + b'u0000"'),
         patient(b'"x":' + b"9" * 5000 + b',"text":"\\\\u0000"'),
     ],
 )
@@ -159,9 +161,9 @@ def test_a_blank_line_is_passed_over_and_counted(line: bytes) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "says"),
     [
-        (GOOD[:-1], "structure", "truncated"),
-        (b'{"resourceType":"Patient"', "structure", "truncated"),
-        (b"{", "structure", "truncated"),
+        (GOOD[:-1], "structure", "malformed JSON: it ends too early"),
+        (b'{"resourceType":"Patient"', "structure", "malformed JSON: it ends too early"),
+        (b"{", "structure", "malformed JSON: it ends too early"),
         (b"garbage", "structure", "malformed JSON"),
         (GOOD + GOOD, "structure", "malformed JSON: trailing characters"),
         (GOOD + b",", "structure", "malformed JSON: trailing characters"),
@@ -172,7 +174,17 @@ def test_a_blank_line_is_passed_over_and_counted(line: bytes) -> None:
         (patient(b'"x":"a\tb"'), "structure", "malformed JSON: invalid character"),
         (patient(b'"x":"a\0b"'), "structure", "malformed JSON: invalid character"),
         (b"\0" * 20, "structure", "malformed JSON"),
-        (b"\r" + GOOD[:-1], "structure", "truncated"),
+        (patient(b'"x":"\\ud800"'), "structure", "half of a surrogate pair, the other half is missing (byte 40)"),
+        (patient(b'"x":"\\ud800\\n"'), "structure", "half of a surrogate pair"),
+        (patient(b'"x":"\\ud800","y":"some more"'), "structure", "half of a surrogate pair"),
+        (patient(b'"x":"\\ud800\\u0041"'), "structure", "half of a surrogate pair"),
+        (patient(b'"x":"\\udc00"'), "structure", "half of a surrogate pair"),
+        (patient(b'"x":"\\\\\\ud800"'), "structure", "half of a surrogate pair"),
+        (b'{"resourceType":"Patient","id":"\\ud800"}', "structure", "half of a surrogate pair"),
+        (patient(b'"x":"\\ud83d')[:-1], "structure", "malformed JSON: it ends too early"),
+        (patient(b'"x":"\\ud83d\\ude')[:-1], "structure", "malformed JSON: it ends too early"),
+        (patient(b'"x":"\\\\ud83d"')[:-1], "structure", "malformed JSON: it ends too early"),
+        (b"\r" + GOOD[:-1], "structure", "malformed JSON: it ends too early"),
         (b"[]", "structure", "the line is JSON, but not an object"),
         (b"null", "structure", "the line is JSON, but not an object"),
         (b"5", "structure", "the line is JSON, but not an object"),
@@ -180,6 +192,8 @@ def test_a_blank_line_is_passed_over_and_counted(line: bytes) -> None:
         (patient(b'"x":"\xff"'), "structure", "not UTF-8 at byte 40 of the line"),
         (patient(b'"x":"\xed\xa0\x80"'), "structure", "not UTF-8 at byte 40 of the line"),
         (patient('"x":"ä"'.encode("latin-1")), "structure", "not UTF-8 at byte 40 of the line"),
+        (b'{"resourceType":"Patient","id":"a\xff"}', "structure", "not UTF-8 at byte 33 of the line"),
+        (BYTE_ORDER_MARK + b'{"id":"\xff"}', "structure", "not UTF-8 at byte 7 of the line"),
         (GOOD.decode().encode("utf-16"), "structure", ""),
         (b'{"id":"a"}', "required", "resourceType is missing"),
         (b"{}", "required", "resourceType is missing"),
@@ -189,11 +203,11 @@ def test_a_blank_line_is_passed_over_and_counted(line: bytes) -> None:
         (b'{"resourceType":"Resource","id":"a"}', "value", "resourceType is not a FHIR resource type"),
         (b'{"resourceType":"DomainResource","id":"a"}', "value", "resourceType is not a FHIR resource type"),
         (b'{"resourceType":"Patient\\u0000","id":"a"}', "value", ""),
-        (b'{"resourceType":5,"id":"a"}', "structure", "'the resource.resourceType'"),
-        (b'{"resourceType":["Patient"],"id":"a"}', "structure", "'the resource.resourceType'"),
-        (b'{"resourceType":null,"id":"a"}', "structure", "'the resource.resourceType'"),
-        (b'{"resourceType":"Patient","id":5}', "structure", "'the resource.id'"),
-        (b'{"resourceType":"Patient","id":null}', "structure", "'the resource.id'"),
+        (b'{"resourceType":5,"id":"a"}', "structure", "resourceType is not a string"),
+        (b'{"resourceType":["Patient"],"id":"a"}', "structure", "resourceType is not a string"),
+        (b'{"resourceType":null,"id":"a"}', "structure", "resourceType is not a string"),
+        (b'{"resourceType":"Patient","id":5}', "structure", "id is not a string"),
+        (b'{"resourceType":"Patient","id":null}', "structure", "id is not a string"),
         (b'{"resourceType":"Patient","id":""}', "value", "id must be"),
         (b'{"resourceType":"Patient","id":"a b"}', "value", "id must be"),
         (b'{"resourceType":"Patient","id":"a_b"}', "value", "id must be"),
@@ -206,6 +220,8 @@ def test_a_blank_line_is_passed_over_and_counted(line: bytes) -> None:
         (patient(b'"\\u0000":1'), "value", "the character U+0000"),
         (patient(b'"x":"\\u0000","x":"good"'), "value", "the character U+0000"),
         (patient(b'"x":"\\\\\\u0000"'), "value", "the character U+0000"),
+        (patient(b'"x":"\\\\u0000\\u0000"'), "value", "the character U+0000"),
+        (patient(b'"x":"' + b"\\" * 40 + b'\\u0000"'), "value", "the character U+0000"),
     ],
 )
 def test_a_line_that_breaks_a_rule_is_an_issue_of_that_line(line: bytes, code: str, says: str) -> None:
@@ -239,6 +255,21 @@ def test_another_type_than_the_declared_one_is_an_issue_that_names_both(declared
     [issue] = batch.issues
     assert (issue.code, issue.resource_type) == ("invalid", "Patient")
     assert issue.diagnostics == f"the manifest declares this file as {declared}, the line is a Patient"
+
+
+def test_of_a_declared_type_that_is_long_an_issue_shows_the_beginning() -> None:
+    [batch] = read(GOOD + b"\n", declared_type="x" * 200_000)
+    [issue] = batch.issues
+    assert issue.diagnostics == f"the manifest declares this file as {'x' * 64}…, the line is a Patient"
+
+
+@pytest.mark.parametrize("character", ["ä", "漢", "🙂"])
+@pytest.mark.parametrize("shift", range(4))
+def test_a_character_may_stand_anywhere_in_a_long_line(character: str, shift: int) -> None:
+    text = (b"x" * shift + character.encode() * (MEBIBYTE // 2)) + b'"'
+    assert only(patient(b'"x":"' + text), max_line_bytes=LARGE).issues == []
+    code, diagnostics = issue_of(patient(b'"x":"' + text + b',"y":"\xff"'), max_line_bytes=LARGE)
+    assert (code, diagnostics) == ("structure", f"not UTF-8 at byte {40 + len(text) + 6} of the line")
 
 
 def test_the_declared_type_is_accepted() -> None:

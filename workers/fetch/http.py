@@ -6,6 +6,7 @@ request (`workers/fetch/egress.py`). Source: RFC 9110 (ranges, conditional reque
 
 from __future__ import annotations
 
+import codecs
 import random
 import re
 import time
@@ -30,6 +31,7 @@ from workers.fetch.errors import (
     Unreachable,
 )
 from workers.fetch.gunzip import MAGIC, gunzip
+from workers.fetch.json_text import json_fault, utf8_fault
 from workers.urls import public_url
 
 CHUNK = MEBIBYTE
@@ -182,8 +184,11 @@ class Fetcher:
             raise _not_retrieved(url, response.status_code)
         return Stream(response, url, self._settings, self._alive, 0)
 
-    def get_json(self, url: str) -> Any:
-        """The JSON document at `url`, of at most settings.max_manifest_bytes. Raises `FetchError`."""
+    def get_json(self, url: str, decode: Callable[[memoryview], Any] = msgspec.json.decode) -> Any:
+        """The JSON document at `url`, of at most settings.max_manifest_bytes, as `decode` gives it.
+
+        Raises `FetchError`, also for what `decode` raises because the document is not JSON.
+        """
         limit = self._settings.max_manifest_bytes
         received = bytearray()
         with self.open(url, accept=MANIFEST_TYPES) as stream:
@@ -191,10 +196,14 @@ class Fetcher:
                 received += chunk
                 if len(received) > limit:
                     raise TooLarge(f"{public_url(url)} has more than {limit:,} bytes")
+        document = memoryview(received)[len(codecs.BOM_UTF8) if received.startswith(codecs.BOM_UTF8) else 0 :]
+        fault = utf8_fault(document)
+        if fault is not None:
+            raise BadManifest(f"{public_url(url)} is not JSON: not UTF-8 at byte {fault}")
         try:
-            return msgspec.json.decode(bytes(received).removeprefix(b"\xef\xbb\xbf"))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise BadManifest(f"{public_url(url)} is not JSON: {error}") from error
+            return decode(document)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise BadManifest(f"{public_url(url)} is not JSON: {json_fault(error, document)}") from error
 
     def _get(self, url: str, headers: dict[str, str]) -> requests.Response:
         """A response that needs no retry: 200, 206 or 416. The last try's error otherwise."""

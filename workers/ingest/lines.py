@@ -8,7 +8,7 @@ bytes received are the bytes stored. A rule that a line breaks becomes an `Issue
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ import msgspec
 from schema.fhir_types import ID, RESOURCE_TYPES, TYPE_NUMBERS
 from schema.resources import key_prefix, resource_key
 from schema.results import Action, Issue
+from workers.fetch.json_text import json_fault, utf8_fault
 from workers.fetch.ndjson import Block, OverlongLine
 from workers.ingest.batch import PENDING, Batch
 
@@ -32,9 +33,9 @@ class _Head(msgspec.Struct):
 
 
 _decode_head = msgspec.json.Decoder(_Head).decode
-_decode_strings = json.JSONDecoder(parse_int=str, parse_float=str, object_pairs_hook=list).decode
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_NOT_AN_OBJECT = "Expected `object`"
+_escaped_nul = re.compile(rb"\\(?<!\\\\)(?:\\\\)*+u0000").search
+_SHOWN = 64
 
 
 def line_hash(line: bytes) -> bytes:
@@ -118,6 +119,8 @@ class LineReader:
                     if batch.line_count >= self._rules.batch_lines:
                         yield batch
                         batch = Batch(batch.end_byte, batch.end_line + 1)
+                del lines
+            del block  # not to be held while the next one is made: a line may be long
             if batch.size >= self._rules.batch_bytes or batch.line_count >= self._rules.batch_lines:
                 yield batch
                 batch = Batch(batch.end_byte, batch.end_line + 1)
@@ -129,13 +132,7 @@ class LineReader:
         """Whether some line of the block needs more than the fast path looks at."""
         if b"\r" in data or b"\x00" in data or b"\\u0000" in data:
             return True
-        if data.isascii():
-            return False
-        try:
-            data.decode()
-        except UnicodeDecodeError:
-            return True
-        return BYTE_ORDER_MARK in data
+        return not data.isascii() and (utf8_fault(data) is not None or BYTE_ORDER_MARK in data)
 
     def _add_lines(self, batch: Batch, lines: list[bytes], suspicious: bool) -> None:
         results = batch.results
@@ -178,7 +175,7 @@ class LineReader:
             except (_Refused, msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
                 actions.append(Action.FAILED)
                 hashes.append(hash_as_read(raw))
-                batch.issues.append(_issue(error, batch.first_line + place, offset))
+                batch.issues.append(_issue(error, raw, batch.first_line + place, offset))
             else:
                 actions.append(PENDING)
                 hashes.append(whole)
@@ -218,15 +215,11 @@ def _strip(raw: bytes) -> bytes:
 
 def _check_text(line: bytes) -> None:
     """Refuse what JSON allows and a FHIR string does not: bytes that are not UTF-8, and NUL."""
-    text = line.decode()
-    if b"\\u0000" in line and _has_nul(_decode_strings(text)):
+    fault = utf8_fault(line)
+    if fault is not None:
+        raise _Refused("structure", f"not UTF-8 at byte {fault} of the line")
+    if b"\\u0000" in line and _escaped_nul(line):
         raise _Refused("value", "a string holds the character U+0000, which FHIR does not allow")
-
-
-def _has_nul(value: object) -> bool:
-    if isinstance(value, str):
-        return "\0" in value
-    return isinstance(value, list | tuple) and any(map(_has_nul, value))
 
 
 def _wrong_type(name: str, declared: str | None) -> _Refused:
@@ -234,19 +227,25 @@ def _wrong_type(name: str, declared: str | None) -> _Refused:
         return _Refused("required", "resourceType is missing")
     if name not in TYPE_NUMBERS:
         return _Refused("value", "resourceType is not a FHIR resource type")
-    return _Refused("invalid", f"the manifest declares this file as {declared}, the line is a {name}", name)
+    shown = declared if declared is None or len(declared) <= _SHOWN else f"{declared[:_SHOWN]}…"
+    return _Refused("invalid", f"the manifest declares this file as {shown}, the line is a {name}", name)
 
 
-def _issue(error: Exception, line: int, offset: int) -> Issue:
+def _issue(error: Exception, raw: bytes, line: int, offset: int) -> Issue:
     if isinstance(error, _Refused):
         return Issue(line, offset, error.code, error.diagnostics, resource_type=error.resource_type)
+    return Issue(line, offset, "structure", _structure_fault(error, _strip(raw)))
+
+
+def _structure_fault(error: Exception, line: bytes) -> str:
     if isinstance(error, UnicodeDecodeError):
-        return Issue(line, offset, "structure", f"not UTF-8 at byte {error.start} of the line")
+        return f"not UTF-8 at byte {utf8_fault(line)} of the line"
     if isinstance(error, RecursionError):
-        return Issue(line, offset, "structure", "nested too deeply")
+        return "nested too deeply"
     if isinstance(error, msgspec.ValidationError):
-        text = str(error)
-        if text.startswith(_NOT_AN_OBJECT):
-            return Issue(line, offset, "structure", "the line is JSON, but not an object")
-        return Issue(line, offset, "structure", text.replace("`", "'").replace("$", "the resource"))
-    return Issue(line, offset, "structure", str(error).replace("JSON is malformed", "malformed JSON"))
+        place = str(error)
+        for name in _Head.__struct_fields__:
+            if place.endswith(f"`$.{name}`"):
+                return f"{name} is not a string"
+        return "the line is JSON, but not an object"
+    return f"malformed JSON: {json_fault(error, line)}"

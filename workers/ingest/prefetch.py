@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
+
+from settings import MEBIBYTE
 
 POLL_SECONDS = 0.2
+AHEAD_BYTES = 8 * MEBIBYTE
 
-Item = TypeVar("Item")
+
+class Sized(Protocol):
+    """An item that knows how much memory it takes, about, in bytes."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+
+Item = TypeVar("Item", bound=Sized)
 
 
 class Prefetch(Generic[Item]):
     """Iterates over `items` in a thread, at most `ahead` items ahead.
 
-    What the thread raises is raised to the consumer, after the items before it. The thread calls `close` when it ends,
-    because what it reads from is its own; leaving the context tells it to. While the consumer waits for an item,
-    `waiting` is called several times a second, and may raise.
+    No item is made while those that wait have `ahead_bytes` or more. What the thread raises is raised to the consumer,
+    after the items before it. The thread calls `close` when it ends, because what it reads from is its own; leaving the
+    context tells it to. While the consumer waits for an item, `waiting` is called several times a second, and may
+    raise.
     """
 
     def __init__(
-        self, items: Iterable[Item], *, ahead: int, close: Callable[[], None], waiting: Callable[[], None]
+        self,
+        items: Iterable[Item],
+        *,
+        ahead: int,
+        close: Callable[[], None],
+        waiting: Callable[[], None],
+        ahead_bytes: int = AHEAD_BYTES,
     ) -> None:
         self._items = items
+        self._ahead = ahead
+        self._ahead_bytes = ahead_bytes
         self._close = close
         self._waiting = waiting
-        self._queue: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(ahead)
-        self._left = threading.Event()
+        self._changed = threading.Condition()
+        self._ready: deque[Item] = deque()
+        self._ready_bytes = 0
+        self._ended = False
+        self._error: BaseException | None = None
+        self._left = False
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
 
     def __enter__(self) -> Prefetch[Item]:
@@ -35,37 +60,58 @@ class Prefetch(Generic[Item]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._left.set()
+        with self._changed:
+            self._left = True
+            self._changed.notify_all()
 
     def __iter__(self) -> Iterator[Item]:
+        while self._has_next():
+            yield self._take()
+
+    def _has_next(self) -> bool:
         while True:
-            try:
-                item, error = self._queue.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                self._waiting()
-                continue
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
+            with self._changed:
+                if self._changed.wait_for(lambda: self._ready or self._ended, POLL_SECONDS):
+                    if not self._ready and self._error is not None:
+                        raise self._error
+                    return bool(self._ready)
+            self._waiting()
+
+    def _take(self) -> Item:
+        with self._changed:
+            item = self._ready.popleft()
+            self._ready_bytes -= item.size
+            self._changed.notify_all()
+            return item
 
     def _fill(self) -> None:
         try:
-            for item in self._items:
-                if not self._put((item, None)):
-                    return
-            self._put((None, None))
+            items = iter(self._items)
+            while self._wanted():
+                try:
+                    item = next(items)
+                except StopIteration:
+                    break
+                self._put(item)
+                del item  # it is the consumer's now: not to be held while the next one is made
         except BaseException as error:  # noqa: BLE001 - handed to the consumer
-            self._put((None, error))
+            self._error = error
         finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
             self._close()
 
-    def _put(self, entry: tuple[Item | None, BaseException | None]) -> bool:
-        while not self._left.is_set():
-            try:
-                self._queue.put(entry, timeout=POLL_SECONDS)
-            except queue.Full:
-                continue
-            return True
-        return False
+    def _wanted(self) -> bool:
+        """Waits until there is room for an item. False: the consumer has left."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._left or (len(self._ready) < self._ahead and self._ready_bytes < self._ahead_bytes)
+            )
+            return not self._left
+
+    def _put(self, item: Item) -> None:
+        with self._changed:
+            self._ready.append(item)
+            self._ready_bytes += item.size
+            self._changed.notify_all()
