@@ -7,11 +7,21 @@ One frozen object, `settings()`, cached per process. Durations are seconds, size
 from __future__ import annotations
 
 from functools import cache
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, model_validator
+from cryptography.fernet import Fernet
+from jwcrypto.common import JWException
+from jwcrypto.jwk import JWKSet
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024 * 1024
+SCHEMES = {
+    "database_url": ("postgresql", "postgres"),
+    "broker_url": ("redis", "rediss"),
+    "artifact_store_url": ("file", "s3", "gs", "az"),
+    "public_url": ("http", "https"),
+}
 
 
 class Settings(BaseSettings):
@@ -101,6 +111,35 @@ class Settings(BaseSettings):
         120.0, gt=0, description="Period of the sweeps that delete what is past its time."
     )
     poll_interval_seconds: int = Field(5, ge=1, description="Retry-After of an unfinished poll.")
+
+    @field_validator("database_url", "broker_url", "artifact_store_url", "public_url")
+    @classmethod
+    def _known_scheme(cls, url: str, info: ValidationInfo) -> str:
+        schemes = SCHEMES[str(info.field_name)]
+        if urlsplit(url).scheme not in schemes:
+            raise ValueError(f"not a URL that begins with one of {', '.join(f'{scheme}://' for scheme in schemes)}")
+        return url
+
+    @field_validator("sealing_keys")
+    @classmethod
+    def _fernet_keys(cls, keys: SecretStr) -> SecretStr:
+        for number, key in enumerate(keys.get_secret_value().split(","), 1):
+            try:
+                if key.strip():
+                    Fernet(key.strip())
+            except ValueError:
+                raise ValueError(f"key {number} is not a Fernet key (32 bytes, URL-safe base64)") from None
+        return keys
+
+    @field_validator("private_jwks")
+    @classmethod
+    def _jwk_set(cls, jwks: SecretStr) -> SecretStr:
+        if jwks.get_secret_value():
+            try:
+                JWKSet.from_json(jwks.get_secret_value())
+            except (JWException, ValueError, TypeError, AttributeError):
+                raise ValueError("not a JWK Set (RFC 7517) in JSON") from None
+        return jwks
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

@@ -461,7 +461,7 @@ def test_the_command_exits_with_0_when_clean_and_with_1_and_their_names_when_som
     "environment",
     [
         {"BULK_SUBMIT_DATABASE_URL": f"postgresql://postgres:secret@127.0.0.1:{free_port()}/postgres"},
-        {"BULK_SUBMIT_ARTIFACT_STORE_URL": "nowhere://secret"},
+        {"BULK_SUBMIT_ARTIFACT_STORE_URL": "file:///dev/null/secret"},
     ],
     ids=["no database", "no artifact store"],
 )

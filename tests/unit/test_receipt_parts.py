@@ -197,4 +197,4 @@ def test_an_object_that_is_gone_says_so_before_its_first_byte(store: ArtifactSto
 
 def test_a_store_that_nobody_knows_is_refused() -> None:
     with pytest.raises(ArtifactStoreError):
-        ArtifactStore("gopher://bucket/x")
+        ArtifactStore("gopher://bucket/x").exists("x")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from cryptography.fernet import Fernet
 from pydantic import SecretStr, ValidationError
 
 import settings
@@ -64,12 +65,14 @@ def test_a_stall_limit_below_the_lease_is_refused_and_both_are_named(monkeypatch
 
 
 def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BULK_SUBMIT_SEALING_KEYS", "hidden-seal")
-    monkeypatch.setenv("BULK_SUBMIT_PRIVATE_JWKS", "hidden-jwks")
+    seal, jwks = Fernet.generate_key().decode(), '{"keys":[{"kty":"oct","k":"aGlkZGVu"}]}'
+    monkeypatch.setenv("BULK_SUBMIT_SEALING_KEYS", seal)
+    monkeypatch.setenv("BULK_SUBMIT_PRIVATE_JWKS", jwks)
     given = Settings()
     for shown in (repr(given), str(given), str(given.model_dump()), given.model_dump_json()):
-        assert "hidden" not in shown
-    assert given.sealing_keys == SecretStr("hidden-seal")
+        assert seal not in shown
+        assert "aGlkZGVu" not in shown
+    assert given.sealing_keys == SecretStr(seal)
 
 
 def test_passwords_in_urls_are_not_shown() -> None:
@@ -83,6 +86,27 @@ def test_a_refusal_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValidationError) as refusal:
         Settings()
     assert "hidden" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_URL", "mysql://db/x"),
+        ("BROKER_URL", "amqp://broker"),
+        ("ARTIFACT_STORE_URL", "/var/lib/receipts"),
+        ("PUBLIC_URL", "fhir.example.org"),
+        ("SEALING_KEYS", "too-short"),
+        ("PRIVATE_JWKS", "{}"),
+        ("PRIVATE_JWKS", "not json"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"BULK_SUBMIT_{name}", value)
+    with pytest.raises(ValidationError) as refusal:
+        Settings()
+    [fault] = refusal.value.errors()
+    assert fault["loc"] == (name.lower(),)
+    assert value not in str(refusal.value)
 
 
 def test_settings_do_not_change_within_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
