@@ -18,7 +18,8 @@ test: setup
 	$(BIN)/pytest -q -m "not chaos"
 
 chaos: setup
-	$(BIN)/pytest -q -m chaos
+	$(BIN)/pytest -q tests/chaos
+	$(BIN)/bulk-submit drill random --events 200 --resources 1000000 --minutes 10
 
 lint: setup
 	$(BIN)/ruff check .

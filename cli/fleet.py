@@ -101,18 +101,20 @@ def _worker(event: LeaseEvent) -> str:
 
 def _bar(events: list[LeaseEvent], begun: datetime, seconds: float, workers: dict[str, str]) -> Text:
     cells = [(IDLE, "dim")] * BAR_CELLS
-    since: dict[int, int] = {}
+    held: tuple[int, int, str] | None = None  # token, first cell and colour of the newest lease, while it is held
     for event in events:
         cell = min(int((event.at - begun).total_seconds() / seconds * BAR_CELLS), BAR_CELLS - 1)
         if event.event == "claimed":
-            since[event.fencing_token] = cell
-            cells[cell] = (HELD, workers[_worker(event)])
-        else:
-            first = since.pop(event.fencing_token, cell)
-            cells[first:cell] = [(HELD, workers[_worker(event)])] * (cell - first)
+            if held is not None:
+                cells[held[1] : cell] = [(HELD, held[2])] * (cell - held[1])
+            held = event.fencing_token, cell, workers[_worker(event)]
+            cells[cell] = HELD, held[2]
+        elif held is not None and event.fencing_token == held[0]:
+            cells[held[1] : cell] = [(HELD, held[2])] * (cell - held[1])
             cells[cell] = ENDS[event.event]
-    for first in since.values():
-        cells[first:] = [(HELD, workers[_worker(events[-1])])] * (BAR_CELLS - first)
+            held = None
+    if held is not None:
+        cells[held[1] :] = [(HELD, held[2])] * (BAR_CELLS - held[1])
     return Text.assemble(*cells)
 
 

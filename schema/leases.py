@@ -29,7 +29,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from schema.database import is_conflict
 from schema.tables import lease_events
+
+CLAIM_LOCK_MILLISECONDS = 500
 
 
 class LeaseLost(Exception):  # noqa: N818 - the field's term
@@ -312,7 +315,7 @@ def claim_next(
         tenants = connection.execute(_RANK_TENANTS, {"hint": hint}).scalars().all()
     for tenant_id in tenants:
         with connection.begin():
-            row = connection.execute(_CLAIM, {**claim, "tenant_id": tenant_id}).one_or_none()
+            row = _claim(connection, {**claim, "tenant_id": tenant_id})
             if row is None:
                 continue
             lease = Lease(**row._mapping)
@@ -324,6 +327,20 @@ def claim_next(
             evict(connection, lease.step_id)
         return lease
     return None
+
+
+def _claim(connection: sa.Connection, claim: dict[str, Any]) -> sa.Row[Any] | None:
+    """The tenant's claimed step; None also where somebody holds its manifest for longer than a commit takes."""
+    connection.execute(sa.text(f"SET LOCAL lock_timeout = '{CLAIM_LOCK_MILLISECONDS}ms'"))
+    try:
+        with connection.begin_nested():
+            row = connection.execute(_CLAIM, claim).one_or_none()
+    except sa.exc.OperationalError as error:
+        if not is_conflict(error):
+            raise
+        return None
+    connection.execute(sa.text("SET LOCAL lock_timeout TO DEFAULT"))
+    return row
 
 
 def renew(connection: sa.Connection, lease: Lease, seconds: float) -> Orders:

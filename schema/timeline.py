@@ -54,6 +54,6 @@ def find_manifest(connection: sa.Connection, name: str) -> tuple[int, int] | Non
 
 
 def of_manifest(connection: sa.Connection, tenant_id: int, manifest_id: int) -> list[LeaseEvent]:
-    """What happened to the leases of the manifest's steps, in the order of the commits."""
+    """What happened to the leases of the manifest's steps, in the order in which they were written."""
     rows = connection.execute(_TIMELINE, {"tenant_id": tenant_id, "manifest_id": manifest_id})
     return [LeaseEvent(**row._mapping) for row in rows]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from types import FrameType
 from typing import Any
 
 import sqlalchemy as sa
 import structlog
-from celery import signals
+from celery import bootsteps, signals
 
 from celeryconfig import MANIFESTS
 from schema import fleet
 from schema.database import DATABASE_ERRORS, create_engine
 from settings import settings
+from submit_tasks.app import app
 from submit_tasks.logs import configure_logging
 from workers.draining import order_drain
 from workers.receipts.spool import remove_leftovers
@@ -90,14 +92,38 @@ def _starting(**_: Any) -> None:
 @signals.worker_ready.connect
 def _ready(sender: Any, **_: Any) -> None:
     if MANIFESTS in sender.app.amqp.queues.consume_from:
+        _drain_on_quit()
         reporter = _Reporter(sender.hostname, sender.controller.concurrency)
         reporter.start()
         _reporters.append(reporter)
 
 
+class _Drain(bootsteps.StartStopStep):
+    """Tells the hands when the node closes, whoever asked for it: a signal, or a remote `shutdown`."""
+
+    def close(self, _: Any) -> None:
+        """Called before the pool is waited for."""
+        order_drain()
+
+
+app.steps["worker"].add(_Drain)
+
+
 @signals.worker_shutting_down.connect
 def _shutting_down(**_: Any) -> None:
     order_drain()
+
+
+def _drain_on_quit() -> None:
+    """Celery tells of SIGQUIT only when the time of its soft shutdown is over: the hands are told at once."""
+    former = signal.getsignal(signal.SIGQUIT)
+
+    def quit_(number: int, frame: FrameType | None) -> None:
+        order_drain()
+        if callable(former):
+            former(number, frame)
+
+    signal.signal(signal.SIGQUIT, quit_)
 
 
 @signals.worker_shutdown.connect

@@ -173,7 +173,7 @@ class Hand:
     def _put_off(self, work: Work, *, reason: str) -> None:
         attempts = 0 if work.progressed else work.lease.attempts
         longest = self._settings.retry_delay_cap_seconds
-        delay = min(self._settings.retry_delay_seconds * 2 ** (attempts - 1), longest) if attempts else 0.0
+        delay = min(self._settings.retry_delay_seconds * 2 ** min(attempts - 1, 60), longest) if attempts else 0.0
         self._release(work, delay=delay * random.uniform(0.8, 1.2), give_back=False, reason=reason)  # noqa: S311
 
     def _release(self, work: Work, *, delay: float, give_back: bool, reason: str) -> None:

@@ -34,7 +34,7 @@ class Keeper:
         self._stall = settings.stall_seconds
         self._trusted_until = claimed_at + self._seconds
         self._last_move = time.monotonic()
-        self._lost = False
+        self._lost: str | None = None
         self.drain = False
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"keeper-{lease.step_id}", daemon=True)
@@ -53,7 +53,9 @@ class Keeper:
 
     def check(self) -> None:
         """Raise `LeaseLost` if the hand works for nothing. Waiting is no move."""
-        if self._lost or time.monotonic() >= self._trusted_until:
+        if self._lost is not None:
+            raise LeaseLost(self._lost)
+        if time.monotonic() >= self._trusted_until:
             raise LeaseLost("not renewed in time")
 
     def renewed(self, sent_at: float) -> None:
@@ -63,23 +65,28 @@ class Keeper:
     def _keep(self) -> None:
         connection: sa.Connection | None = None
         try:
-            while not self._left.wait(self._seconds / 3):
+            pause = self._seconds / 3
+            while not self._left.wait(pause):
+                pause = self._seconds / 3
                 if time.monotonic() - self._last_move > self._stall:
                     self._give_up()
                     return
                 try:
                     connection = connection or self._engine.connect()
                     sent_at = time.monotonic()
+                    left = max(int(1000 * (self._trusted_until - sent_at)), 1)
                     with connection.begin():
+                        connection.execute(sa.text(f"SET LOCAL statement_timeout = {left}"))
                         orders = leases.renew(connection, self._lease, self._seconds)
                     self.renewed(sent_at)
                     self.drain = self.drain or orders.drain
                     if orders.cancelled:
                         raise LeaseLost("the manifest is not live any more")
-                except LeaseLost:
-                    self._lost = True
+                except LeaseLost as loss:
+                    self._lost = str(loss)
                     return
                 except DATABASE_ERRORS as error:
+                    pause = self._seconds / 20
                     log.warning("heartbeat failed", step=self._lease.step_id, error=type(error).__name__)
                     if connection is not None:
                         connection.invalidate()
@@ -91,7 +98,7 @@ class Keeper:
 
     def _give_up(self) -> None:
         """The hand hangs: let the lease run out, and end the process if the hand is still there by then."""
-        self._lost = True
+        self._lost = f"the hand did not move for {self._stall:g} seconds"
         log.error("hand does not move; its lease is given up", step=self._lease.step_id, seconds=self._stall)
         if not self._left.wait(self._seconds):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -7,6 +7,7 @@ publish   write the receipts and end the manifest
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -112,8 +113,8 @@ def ingest(work: Work) -> None:
 
 
 def publish(work: Work) -> None:
-    """Write the receipts and end the manifest. Raises `ArtifactStoreError`, `LeaseLost`."""
-    receipts.publish(work.connection, work.lease, work.settings, work.store, work.keeper.alive)
+    """Write the receipts and end the manifest. Raises `ArtifactStoreError`, `HandBack`, `LeaseLost`."""
+    receipts.publish(work.connection, work.lease, work.settings, work.store, work.moved)
 
 
 def _view(work: Work) -> ManifestView:
@@ -152,9 +153,11 @@ def _batches(
 
 def _write(work: Work, batches: Iterable[Batch]) -> None:
     origins = Origins(work.lease)
-    slice_ends = time.monotonic() + work.settings.slice_seconds
+    slice_ends = math.inf
     by_key = False
     for batch in batches:
+        if slice_ends == math.inf:  # reading again what is committed already does not count
+            slice_ends = time.monotonic() + work.settings.slice_seconds
         by_key = _write_until_committed(work, batch, origins, by_key=by_key)
         work.progressed = True
         work.check()
@@ -194,5 +197,5 @@ def _write_until_committed(work: Work, batch: Batch, origins: Origins, *, by_key
 def _landed(work: Work, batch: Batch) -> bool:
     cursor = cursor_after_lost_commit(work.connection, work.lease)
     if cursor not in (batch.first_byte, batch.end_byte):
-        raise LeaseLost
+        raise LeaseLost("the cursor stands elsewhere")
     return cursor == batch.end_byte

@@ -164,6 +164,9 @@ def test_worker_that_leaves_hands_back(scene: Scene, celery_setup: CeleryTestSet
 
     _every_line_once(scene, scene.wait(), lines)
     scene.wait_for(lambda: _node(celery_setup, holder).container.status == "exited", "the node's process has ended")
+    events = scene.rows("SELECT event FROM lease_events WHERE tenant_id = %(tenant)s AND event <> 'claimed'")
+    assert ("released",) in events
+    assert ("expired",) not in events
     attempts = scene.rows("SELECT max(attempts) FROM steps WHERE tenant_id = %(tenant)s")
     assert attempts <= [(1,)]
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import sqlalchemy as sa
 
 from devstack.stack import wait_until
 from schema import artifacts, files, leases, submissions
@@ -193,6 +194,18 @@ def test_tenants_take_turns_however_much_one_of_them_has_waiting(stage: Stage) -
         add_manifest_of(stage, *tenant, number)
     claimed = [stage.claim().tenant_id for _ in range(6)]
     assert claimed == [stage.tenant_id, tenant[0], stage.tenant_id, tenant[0], stage.tenant_id, stage.tenant_id]
+
+
+def test_a_frozen_hold_on_one_tenant_s_manifest_keeps_no_other_tenant_waiting(stage: Stage, other: Stage) -> None:
+    held = stage.add_manifest()
+    free = add_manifest_of(stage, *add_tenant(stage, "south"), 1)
+    with other.connection.begin():
+        other.connection.execute(sa.text("SELECT 1 FROM manifests WHERE id = :id FOR NO KEY UPDATE"), {"id": held})
+        claimed = claim(stage, hint=held)
+        assert claimed is not None
+        assert claimed.manifest_id == free
+        assert claim(stage, hint=held) is None
+    assert stage.claim(hint=held).manifest_id == held
 
 
 def test_a_tenant_of_weight_three_gets_three_of_four_steps(stage: Stage) -> None:
