@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -51,7 +52,8 @@ def drill(
         with Rig(resources=resources or 20_000) as rig:
             for entry in dict.fromkeys(chosen):
                 console.print(f"\n[bold]{entry.name}[/bold]: {entry.summary}")
-                outcomes.append(catalogue.run(rig, entry))
+                outcome = catalogue.run(rig, entry)
+                outcomes.append(replace(outcome, faults=[*outcome.faults, *entry.figures_missed(outcome)]))
                 _tell(outcomes[-1])
     if RANDOM in names:
         console.print(f"\n[bold]{RANDOM}[/bold]: {events} faults over {minutes:g} minutes, seed {seed}")

@@ -166,6 +166,15 @@ WHERE locktype = 'advisory' AND objsubid = 1
   AND pid <> pg_backend_pid()
 """)
 
+# By whoever claimed the step: not if somebody else has claimed it since.
+_EVICT_HELD = sa.text(f"""
+{_EVICT.text}  AND EXISTS (
+    SELECT 1 FROM steps
+    WHERE tenant_id = :tenant_id AND id = :step_id
+      AND fencing_token = :fencing_token AND worker_id = :worker_id AND state = 'ready'
+  )
+""")  # noqa: S608 - made of constants
+
 # The same for every step of a submission.
 _EVICT_SUBMISSION = sa.text("""
 SELECT l.pid, pg_terminate_backend(l.pid) AS ended
@@ -224,14 +233,13 @@ WHERE tenant_id = :tenant_id AND id = :step_id
   AND fencing_token = :fencing_token AND worker_id = :worker_id AND state = 'ready'
 """)
 
-_READ_STEP = sa.text("""
+# FOR UPDATE waits for a COMMIT still under way; a plain read would not.
+_HOLD_STEP = sa.text("""
 SELECT cursor_bytes FROM steps
 WHERE tenant_id = :tenant_id AND id = :step_id
   AND fencing_token = :fencing_token AND worker_id = :worker_id AND state = 'ready'
+FOR UPDATE
 """)
-
-# FOR UPDATE waits for a COMMIT still under way; a plain read does not.
-_HOLD_STEP = sa.text(f"{_READ_STEP.text}FOR UPDATE")
 
 # Leases that ran out, whether or not their rows are locked: what to evict before anything else.
 _EXPIRED = sa.text("""
@@ -268,8 +276,12 @@ _OTHERS_WAIT = sa.text("""
 SELECT EXISTS (
     SELECT 1 FROM steps s
     JOIN manifests m ON m.tenant_id = s.tenant_id AND m.id = s.manifest_id AND m.status IN ('pending', 'processing')
+    JOIN tenants t ON t.id = s.tenant_id
     WHERE s.tenant_id <> :tenant_id AND s.state = 'ready' AND s.ready_at <= statement_timestamp()
       AND (s.worker_id IS NULL OR s.lease_expires_at <= statement_timestamp())
+      AND (t.max_leased_steps IS NULL OR t.max_leased_steps > (
+          SELECT count(*) FROM steps h
+          WHERE h.tenant_id = t.id AND h.worker_id IS NOT NULL AND h.lease_expires_at > statement_timestamp()))
 )
 """)
 
@@ -324,7 +336,7 @@ def claim_next(
             after = lease.previous_worker and f"the lease of {lease.previous_worker} ran out"
             record_event(connection, lease, "claimed", after)
         if lease.fencing_token > 1:
-            evict(connection, lease.step_id)
+            evict(connection, lease)
         return lease
     return None
 
@@ -359,10 +371,13 @@ def enter(connection: sa.Connection, lease: Lease) -> None:
     connection.execute(_ENTER, {"step_id": lease.step_id})
 
 
-def evict(connection: sa.Connection, step_id: int) -> int:
-    """End every other session that is inside a fenced transaction of this step. Returns how many. Commits."""
+def evict(connection: sa.Connection, lease: Lease) -> int:
+    """End every other session that is inside a fenced transaction of the lease's step. Returns how many. Commits.
+
+    Whose lease is lost ends nobody's session: it would be the new holder's.
+    """
     with connection.begin():
-        return len(connection.execute(_EVICT, {"step_id": step_id}).all())
+        return len(connection.execute(_EVICT_HELD, _name(lease)).all())
 
 
 def evict_submission(connection: sa.Connection, tenant_id: int, submission_id: int) -> int:
@@ -422,13 +437,9 @@ def release(connection: sa.Connection, lease: Lease, *, delay: float, give_back:
 def cursor_after_lost_commit(connection: sa.Connection, lease: Lease) -> int:
     """Where the cursor stands once no commit of this lease can be under way any more. Raises `LeaseLost`.
 
-    To be called on a new connection: the old session is ended first, then the row is read under its lock. Whose lease
-    is lost ends nobody's session: it would be the new holder's.
+    To be called on a new connection: the old session is ended first, then the row is read under its lock.
     """
-    with connection.begin():
-        if connection.execute(_READ_STEP, _name(lease)).one_or_none() is None:
-            raise LeaseLost("the lease is another's, or the step has ended")
-    evict(connection, lease.step_id)
+    evict(connection, lease)
     with connection.begin():
         return hold_step(connection, lease)
 
@@ -469,7 +480,7 @@ def due_manifests(connection: sa.Connection, limit: int) -> list[int]:
 
 
 def others_wait(connection: sa.Connection, lease: Lease) -> bool:
-    """Whether another tenant has a step that is due. Commits."""
+    """Whether another tenant has a step that is due, and room under its cap. Commits."""
     with connection.begin():
         return bool(connection.execute(_OTHERS_WAIT, {"tenant_id": lease.tenant_id}).scalar_one())
 

@@ -27,6 +27,8 @@ AWAY_SECONDS = 1.0
 FULL_SECONDS = 3.0
 SKEWED_HOURS = {"alpha": 8.0, "beta": -8.0}
 SWEEPER_SKEW_HOURS = 5.0
+AFTER_A_DEATH = LEASE_SECONDS + 2.0
+POLL_P99_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Drill:
     """One fault.
 
     `inject` does all there is to do between submission and end; `around` is what the fleet is like from before the
-    submission on. `quick` ones belong to every test run.
+    submission on. `quick` ones belong to every test run. `recover_within`, in seconds, is what the command asks for.
     """
 
     name: str
@@ -42,6 +44,16 @@ class Drill:
     inject: Callable[[Trial], None]
     quick: bool = False
     around: Callable[[Rig], contextlib.AbstractContextManager[object]] | None = None
+    recover_within: float | None = None
+
+    def figures_missed(self, outcome: Outcome) -> list[str]:
+        """What took longer than promised. Nothing that a test should ask: machines differ."""
+        missed = []
+        if self.recover_within and outcome.recovery and outcome.recovery > self.recover_within:
+            missed.append(f"recovered after {outcome.recovery:.2f} s; promised are {self.recover_within:g} s")
+        if outcome.poll_p99 > POLL_P99_SECONDS:
+            missed.append(f"status polls took {outcome.poll_p99 * 1000:.0f} ms (p99); promised are 50 ms")
+        return missed
 
 
 def run(rig: Rig, drill: Drill) -> Outcome:
@@ -349,15 +361,37 @@ def drain(trial: Trial) -> None:
 
 
 DRILLS = [
-    Drill("kill-worker", "SIGKILL to a node's processes, in the middle of a file", kill_worker, quick=True),
-    Drill("kill-child", "SIGKILL to the pool process alone", kill_child),
-    Drill("freeze-worker-copy", "a node frozen inside COPY, past its lease", _freeze_at(Point.COPY)),
-    Drill("freeze-worker-fence", "a node frozen before the fence, past its lease", _freeze_at(Point.FENCE)),
+    Drill(
+        "kill-worker",
+        "SIGKILL to a node's processes, in the middle of a file",
+        kill_worker,
+        quick=True,
+        recover_within=AFTER_A_DEATH,
+    ),
+    Drill(
+        "kill-child",
+        "SIGKILL to the pool process alone",
+        kill_child,
+        recover_within=AFTER_A_DEATH,
+    ),
+    Drill(
+        "freeze-worker-copy",
+        "a node frozen inside COPY, past its lease",
+        _freeze_at(Point.COPY),
+        recover_within=AFTER_A_DEATH,
+    ),
+    Drill(
+        "freeze-worker-fence",
+        "a node frozen before the fence, past its lease",
+        _freeze_at(Point.FENCE),
+        recover_within=AFTER_A_DEATH,
+    ),
     Drill(
         "freeze-worker-commit",
         "a node frozen between fence and COMMIT, past its lease",
         _freeze_at(Point.COMMIT),
         quick=True,
+        recover_within=AFTER_A_DEATH,
     ),
     Drill("stuck-hand-provider", "a hand that waits for a silent provider past the stall limit", stuck_hand_provider),
     Drill("stuck-hand-database", "a hand that hangs in a statement while its keeper renews", stuck_hand_database),
@@ -392,5 +426,5 @@ DRILLS = [
         around=_skewed,
     ),
     Drill("full-disk", "the artifact store refuses writes for a while", full_disk),
-    Drill("drain", "SIGTERM to a node", drain),
+    Drill("drain", "SIGTERM to a node", drain, recover_within=2.0),
 ]

@@ -304,7 +304,7 @@ MUTATIONS = {
     "claim that waits": Mutation(two_claim_at_once, "_CLAIM", "SKIP LOCKED"),
     "claim without a lock": Mutation(two_claim_one_step, "_CLAIM", "FOR UPDATE OF c SKIP LOCKED"),
     "claim whatever is held": Mutation(a_claim_comes_second, "_CLAIM", LEASE_OVER),
-    "claim without eviction": Mutation(a_holder_freezes, "_EVICT", "WHERE", "WHERE false AND"),
+    "claim without eviction": Mutation(a_holder_freezes, "_EVICT_HELD", "WHERE", "WHERE false AND"),
     "sweep that does not look again before it evicts": Mutation(a_sweep_comes_late_to_evict, "_EVICT_EXPIRED", RAN_OUT),
     "sweep that does not look again before it clears": Mutation(a_sweep_comes_late_to_clear, "_CLEAR_EXPIRED", RAN_OUT),
     "publish due whatever is left": Mutation(

@@ -457,18 +457,20 @@ def test_evicting_ends_nobody_who_works_on_another_step(stage: Stage, other: Sta
     mine, theirs = stage.ingest_lease(), stage.ingest_lease()
     with other.connection.begin():
         leases.enter(other.connection, theirs)
-        assert leases.evict(stage.connection, mine.step_id) == 0
-        assert leases.evict(stage.connection, theirs.step_id + (1 << 32)) == 0
+        assert leases.evict(stage.connection, mine) == 0
+        assert leases.evict(stage.connection, replace(theirs, step_id=theirs.step_id + (1 << 32))) == 0
         leases.hold_manifest(other.connection, theirs)
         leases.fence(other.connection, theirs, Progress(0, 10, 1), 30)
     assert stage.rows("SELECT cursor_bytes FROM steps WHERE id = :id", id=theirs.step_id) == [(10,)]
 
 
 def test_a_step_id_past_32_bits_is_evicted_too(stage: Stage, other: Stage) -> None:
-    lease = replace(stage.ingest_lease(), step_id=(7 << 32) + 4_000_000_000)
+    stage.execute(f"ALTER TABLE steps ALTER COLUMN id RESTART WITH {(7 << 32) + 4_000_000_000}")
+    lease = stage.ingest_lease()
+    assert lease.step_id > 7 << 32
     other.connection.begin()
     leases.enter(other.connection, lease)
-    assert leases.evict(stage.connection, lease.step_id) == 1
+    assert leases.evict(stage.connection, lease) == 1
     with pytest.raises(DATABASE_ERRORS):
         other.connection.rollback()
 

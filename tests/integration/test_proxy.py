@@ -100,7 +100,7 @@ def test_held_connection_does_not_see_that_the_server_ended_it(proxy: PostgresPr
     held = proxy.add(Trigger(Point.COMMIT, Act.HOLD))
     hand = Hand(proxy, stage, lease).start()
     wait_until(lambda: held.fired, "a hand at COMMIT", seconds=10)
-    assert leases.evict(stage.connection, lease.step_id) == 1
+    assert leases.evict(stage.connection, lease) == 1
     hand._thread.join(0.3)
 
     assert hand.error is None

@@ -482,7 +482,7 @@ class TestBatchAndBatch:
         one = first.begin(lambda own: own.write(ahead, patient("a")), stop_after=leases._FENCE)
         other = second.begin(lambda own: write_until_committed(own, behind, patient("a")))
         second_waits(stage, other)
-        assert leases.evict(stage.connection, ahead.step_id) == 1
+        assert leases.evict(stage.connection, ahead) == 1
         assert other.result(10) is False
         first.go()
         assert is_disconnect(error_of(one))
@@ -501,7 +501,7 @@ class TestBatchAndBatch:
             ]
             for name in ("first", "second"):
                 wait_until(lambda name=name: stage.waits_for(name, "third"), "both are in the middle", seconds=10)
-            leases.evict(stage.connection, middle.step_id)
+            leases.evict(stage.connection, middle)
             conflicts = [write.result(20) for write in writes]
             third.go()
             assert is_disconnect(error_of(gate))
@@ -579,7 +579,7 @@ class TestEviction:
     ) -> None:
         lease = stage.ingest_lease()
         writing = first.begin(lambda own: write_until_committed(own, lease, patient("a")), stop_after=leases._FENCE)
-        assert leases.evict(stage.connection, lease.step_id) == 1
+        assert leases.evict(stage.connection, lease) == 1
         first.go()
         assert writing.result(10) is False
         assert (step_of(stage, lease), stored(stage)) == (("ready", "test/1", 1, 1), 1)
